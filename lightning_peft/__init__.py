@@ -1,0 +1,67 @@
+"""Parameter-efficient fine-tuning for PyTorch Lightning: one callback, any module, small checkpoints.
+
+Names are loaded on first use, so that importing the package costs little and the core runs without Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "lightning_peft.errors": (
+        "PEFTError",
+        "ConfigError",
+        "NoMatchError",
+        "CheckpointError",
+        "MergeError",
+        "TrainingError",
+    ),
+    "lightning_peft.method": ("Method", "Adapted", "Delta"),
+    "lightning_peft.injection": ("inject", "unload", "disabled"),
+    "lightning_peft.trainable": ("trainable_names", "state_names"),
+    "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
+    "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
+    "lightning_peft.summary": ("summarize", "describe"),
+    "lightning_peft.export": ("save_merged",),
+    "lightning_peft.callbacks": ("PEFT", "MergeOnFitEnd", "TrainabilityCheck", "LogAdapter"),
+    "lightning_peft.reload": ("load_from_checkpoint",),
+}
+_NAMES = {name: module for module, names in _HOME.items() for name in names}
+
+if TYPE_CHECKING:
+    from lightning_peft.callbacks import PEFT, LogAdapter, MergeOnFitEnd, TrainabilityCheck
+    from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
+    from lightning_peft.errors import (
+        CheckpointError,
+        ConfigError,
+        MergeError,
+        NoMatchError,
+        PEFTError,
+        TrainingError,
+    )
+    from lightning_peft.export import save_merged
+    from lightning_peft.injection import disabled, inject, unload
+    from lightning_peft.merging import merge, merge_and_unload, unmerge
+    from lightning_peft.method import Adapted, Delta, Method
+    from lightning_peft.methods import *  # noqa: F403
+    from lightning_peft.reload import load_from_checkpoint
+    from lightning_peft.summary import describe, summarize
+    from lightning_peft.trainable import state_names, trainable_names
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    home = _NAMES.get(name, "lightning_peft.methods")
+    try:
+        value = getattr(import_module(home), name)
+    except AttributeError:
+        raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    methods = import_module("lightning_peft.methods")
+    return sorted({*globals(), *_NAMES, *(n for n in vars(methods) if n[0].isupper())})

@@ -1,0 +1,114 @@
+"""Where Lightning always looks when it saves and loads: hooks on the module, not on a callback.
+
+``Callback.on_save_checkpoint`` is skipped for weights-only files and runs before weight averaging rewrites the state;
+the module's own hooks are always called, and last. They hold no closures, so the module still pickles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+from torch import nn
+
+from lightning_peft.checkpoint import (
+    adapter_names,
+    check,
+    check_version,
+    compare,
+    required_names,
+    reroot,
+    section,
+)
+from lightning_peft.files import SECTION, split
+from lightning_peft.injection import switch
+from lightning_peft.trainable import find, require
+
+_SAVE = "_peft_save"
+
+
+def install(pl_module: L.LightningModule, save: str) -> None:
+    """Make saving trainable-only and loading strict, once per module."""
+    known = _SAVE in pl_module.__dict__
+    pl_module.__dict__[_SAVE] = save
+    if known:
+        return
+    pl_module.register_state_dict_post_hook(_filter)
+    pl_module.register_load_state_dict_post_hook(_forgive_frozen)
+    for name in ("on_save_checkpoint", "on_load_checkpoint"):
+        pl_module.__dict__[name] = _Hook(pl_module, name, pl_module.__dict__.get(name))
+
+
+class _Hook:
+    """Stands before the module's own ``on_save_checkpoint`` or ``on_load_checkpoint``."""
+
+    def __init__(self, module: L.LightningModule, name: str, earlier: Any) -> None:
+        self.module, self.name, self.earlier = module, name, earlier
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        (_describe if self.name == "on_save_checkpoint" else _verify)(self.module, checkpoint)
+        own = self.earlier or getattr(type(self.module), self.name).__get__(self.module)
+        own(checkpoint)
+
+
+def _filter(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Keep only the adapter in the state dict."""
+    if module.__dict__.get(_SAVE) != "trainable" or find(module) is None:
+        return
+    keep = {prefix + n for n in adapter_names(module)}
+    for key in [k for k in state if k.startswith(prefix) and k not in keep]:
+        del state[key]
+
+
+def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:
+    """Frozen weights may be missing, adapter tensors may not; weight averaging puts a prefix before the names."""
+    if find(module) is None:
+        return
+    needed = set(required_names(module))
+    kept = [k for k in incompatible.missing_keys if _tails(k) & needed]
+    incompatible.missing_keys[:] = kept
+
+
+def _tails(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    if find(module) is None:
+        return
+    save = module.__dict__[_SAVE]
+    if save == "trainable" and checkpoint.get("state_dict"):
+        keep = set(adapter_names(module))
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+    info = section(module) | {"save": save}
+    if "optimizer_states" in checkpoint:
+        info["resume"] = _resume(module)
+    checkpoint[SECTION] = info
+
+
+def _resume(module: L.LightningModule) -> dict[str, Any]:
+    trainer = module.trainer
+    methods = require(module)[0].methods
+    return {
+        "strategy": type(trainer.strategy).__name__,
+        "world_size": trainer.world_size,
+        "methods": [m.resume_state(module) for m in methods],
+    }
+
+
+def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Compare a checkpoint with the module before its values are loaded, and make way for them."""
+    state, info = split(checkpoint, "The checkpoint")
+    check_version(info, "The checkpoint")
+    check(module, info, "The checkpoint")
+    checkpoint["state_dict"] = state = reroot(state, info, module)
+    names = set(adapter_names(module)) | set(required_names(module))
+    full = info.get("save") == "full"
+    compare(module, {k: v for k, v in state.items() if not full or k in names}, "The checkpoint")
+    injection, _, root = require(module)
+    switch(injection, root, merged=False)
+    resume = info.get("resume")
+    if resume and "optimizer_states" in checkpoint:
+        for method, saved in zip(injection.methods, resume["methods"], strict=True):
+            method.load_resume_state(module, saved)

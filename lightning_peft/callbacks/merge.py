@@ -1,0 +1,105 @@
+"""Merge when training is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.checkpoint import load_adapter
+from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.export import save_merged
+from lightning_peft.injection import switch
+from lightning_peft.merging import merge
+from lightning_peft.method import Method
+from lightning_peft.trainable import find, require
+
+
+class MergeOnFitEnd(L.Callback):
+    """After ``fit``, load the chosen weights and fold the adapters into the base.
+
+    The merge in memory is reversible: a later ``fit`` or a ``ckpt_path`` unmerges by itself, so nothing is applied
+    twice. Nothing happens after an exception or an interrupted run.
+
+    Args:
+        which: ``best`` (of the `ModelCheckpoint` that monitors something; the last weights without one) or ``last``.
+        dirpath: folder for the merged model, ready for ``from_pretrained`` if it is a transformers model.
+
+    Raises:
+        MergeError: ``dirpath`` is given and the method does not merge (raised before training).
+
+    >>> from lightning_peft import LoRA, MergeOnFitEnd, PEFT
+    >>> callbacks = [PEFT(LoRA()), MergeOnFitEnd("last")]
+    """
+
+    def __init__(self, which: Literal["best", "last"] = "best", dirpath: str | None = None) -> None:
+        if which not in ("best", "last"):
+            raise ConfigError(f"MergeOnFitEnd(which={which!r}): choose 'best' or 'last'.")
+        self.which = which
+        self.dirpath = dirpath
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say early what cannot work."""
+        methods = _methods(trainer, pl_module)
+        if stage == "fit" and methods is not None:
+            self._check(methods)
+            if self.dirpath and Path(self.dirpath).is_file():
+                raise ConfigError(f"MergeOnFitEnd(dirpath={self.dirpath!r}): that is a file; give a folder.")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training continues from unmerged weights."""
+        if find(pl_module) is None:
+            raise MergeError("MergeOnFitEnd found no adapters. Add PEFT(LoRA(...)) to the Trainer's callbacks.")
+        injection, _, root = require(pl_module)
+        switch(injection, root, merged=False)
+        if any(not m.mergeable for m in injection.methods) and self.dirpath:
+            self._check(injection.methods)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Load, merge, write."""
+        self._restore(trainer, pl_module)
+        if any(not m.mergeable for m in require(pl_module)[0].methods):
+            return
+        merge(pl_module)
+        if self.dirpath and trainer.is_global_zero and not trainer.fast_dev_run:
+            save_merged(pl_module, self.dirpath)
+            rank_zero_info(f"Merged model written to {Path(self.dirpath).resolve()}.")
+
+    def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.which == "last":
+            return
+        path = best_path(trainer)
+        if path:
+            load_adapter(pl_module, path)
+            rank_zero_info(f"Best weights loaded from {path}.")
+        elif not trainer.fast_dev_run:
+            rank_zero_info("MergeOnFitEnd: no checkpoint monitors a metric, so the last weights are used.")
+
+    def _check(self, methods: list[Method]) -> None:
+        stuck = next((m for m in methods if not m.mergeable), None)
+        if stuck is None:
+            return
+        reason = f"{type(stuck).__name__} cannot be merged: {stuck.why_not_mergeable}"
+        if self.dirpath:
+            raise MergeError(f"{reason} Remove dirpath from MergeOnFitEnd; the adapter file serves beside the base.")
+        rank_zero_warn(f"{reason} Training goes on; the {self.which} weights are left in the model, unmerged.")
+
+
+def best_path(trainer: L.Trainer) -> str | None:
+    """The best checkpoint of the first `ModelCheckpoint` that monitors a metric, if it exists."""
+    for callback in trainer.checkpoint_callbacks:
+        monitors = isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path
+        if monitors and Path(callback.best_model_path).exists():
+            return callback.best_model_path
+    return None
+
+
+def _methods(trainer: L.Trainer, pl_module: L.LightningModule) -> list[Method] | None:
+    found = find(pl_module)
+    if found is not None:
+        return found[0].methods
+    return next((c.methods for c in trainer.callbacks if isinstance(c, PEFT)), None)

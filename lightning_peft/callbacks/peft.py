@@ -1,0 +1,208 @@
+"""The callback that brings a method into a LightningModule and keeps every checkpoint small."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_peft.callbacks.hooks import install
+from lightning_peft.checkpoint import inject_from, load_adapter
+from lightning_peft.errors import ConfigError, TrainingError
+from lightning_peft.files import read
+from lightning_peft.injection import as_methods, inject
+from lightning_peft.method import Method
+from lightning_peft.summary import describe
+from lightning_peft.trainable import find, frozen_statistics, require, trainable_names
+
+
+class PEFT(L.Callback):
+    """Fine-tune any LightningModule with a method; every checkpoint holds only what was trained.
+
+    Injects before the optimizers are built (in ``setup``, or at the end of ``configure_model`` where the module has
+    one), once over all of fit, validate, test and predict. Checkpoints of every kind hold exactly
+    ``adapter_state_dict(module)`` and a description that a reload is checked against.
+
+    Args:
+        method: one method or a list. May be left out when ``init_from`` is given, or when the module injects itself.
+        init_from: an adapter file or checkpoint to start from: its values, a fresh optimizer.
+        save: ``trainable``, or ``full`` to keep the frozen weights in the checkpoints as well.
+
+    Raises:
+        NoMatchError: no target matches.
+        TrainingError: something that trains is in no optimizer, or a callback that copies the module comes first.
+
+    >>> import lightning.pytorch as L
+    >>> from lightning_peft import PEFT, LoRA
+    >>> trainer = L.Trainer(callbacks=[PEFT(LoRA(r=8))], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        method: Method | Sequence[Method] | None = None,
+        init_from: str | None = None,
+        save: Literal["trainable", "full"] = "trainable",
+    ) -> None:
+        if save not in ("trainable", "full"):
+            raise ConfigError(f"PEFT(save={save!r}): choose 'trainable' or 'full'.")
+        self.methods = None if method is None else as_methods(method)
+        self.init_from = init_from
+        self.save = save
+        self._frozen: list[torch.nn.Module] = []
+        self._steps_done = 0
+        self._total_steps: int | None = None
+
+    # ---- before training -------------------------------------------------------------------------------------------
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Inject now, or defer to the end of ``configure_model``."""
+        _check_trainer(trainer)
+        self._check_order(trainer, pl_module, stage)
+        if is_overridden("configure_model", pl_module):
+            pl_module.__dict__["_peft_pending"] = self
+            pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
+        else:
+            self.ensure(pl_module)
+
+    def ensure(self, pl_module: L.LightningModule) -> None:
+        """Inject unless that was done; then make the module's checkpoints small."""
+        fresh = find(pl_module) is None
+        if self.methods is not None:
+            inject(pl_module, self.methods)
+        elif fresh and self.init_from is None:
+            raise ConfigError(
+                "PEFT() needs a method such as PEFT(LoRA(r=8)), or init_from=PATH of a saved adapter;"
+                " the module has no adapters of its own."
+            )
+        elif fresh:
+            inject_from(pl_module, read(self.init_from)[1], self.init_from)
+        if fresh and self.init_from is not None:
+            load_adapter(pl_module, self.init_from)
+        install(pl_module, self.save)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what trains, and make sure that it does."""
+        _check_nothing_new(pl_module)
+        _check_optimizers(trainer, pl_module)
+        rank_zero_info(describe(pl_module))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find frozen statistics; read the length of the run."""
+        self._frozen = frozen_statistics(pl_module)
+        self._steps_done = trainer.global_step
+        total = trainer.estimated_stepping_batches
+        self._total_steps = int(total) if total != float("inf") else None
+
+    # ---- every step ------------------------------------------------------------------------------------------------
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Frozen normalisation layers keep their statistics, whatever mode the module was put into."""
+        for module in self._frozen:
+            module.training = False
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Add the methods' loss terms, scaled as Lightning has scaled the loss (accumulation, GradScaler)."""
+        for method in require(pl_module)[0].methods:
+            term = method.regularizer(pl_module)
+            if term is not None:
+                loss.add_((term * _loss_factor(trainer, pl_module)).to(loss.dtype))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Let the methods change gradients: unscaled, complete over accumulation, not yet clipped."""
+        for method in require(pl_module)[0].methods:
+            method.transform_grads(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the methods about each optimizer step."""
+        if trainer.global_step == self._steps_done:
+            return
+        self._steps_done = trainer.global_step
+        for method in require(pl_module)[0].methods:
+            method.after_step(pl_module, self._steps_done, self._total_steps)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave no patch behind."""
+        _drop_pending(pl_module)
+        self._frozen = []
+
+    def _check_order(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Callbacks that deep-copy the module in their setup must come after the injection."""
+        averaging = (StochasticWeightAveraging, WeightAveraging)
+        for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
+            if isinstance(callback, averaging):
+                raise TrainingError(
+                    f"{type(callback).__name__} copies the module before PEFT adapts it. Put PEFT first:"
+                    f" Trainer(callbacks=[PEFT(...), {type(callback).__name__}(...)])."
+                )
+        swa = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)
+        if swa and stage == "fit" and is_overridden("configure_model", pl_module) and find(pl_module) is None:
+            raise TrainingError(
+                "StochasticWeightAveraging copies the module before `configure_model` has run. Build the network in"
+                " `__init__`, or use WeightAveraging / EMAWeightAveraging."
+            )
+
+
+def _configure_and_inject(self: L.LightningModule) -> None:
+    """Stands in for ``configure_model`` until it has run once (no ``__wrapped__``: Lightning would look through it)."""
+    callback = self.__dict__["_peft_pending"]
+    _drop_pending(self)
+    self.configure_model()
+    callback.ensure(self)
+
+
+def _drop_pending(pl_module: L.LightningModule) -> None:
+    if pl_module.__dict__.pop("_peft_pending", None) is not None:
+        pl_module.__dict__.pop("configure_model", None)
+
+
+def _check_trainer(trainer: L.Trainer) -> None:
+    if not isinstance(trainer, L.Trainer):
+        raise TrainingError(
+            f"This Trainer is {type(trainer).__module__}.{type(trainer).__name__}; lightning_peft works with the"
+            " `lightning` package. Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
+        )
+
+
+def _check_nothing_new(pl_module: L.LightningModule) -> None:
+    injection, prefix, _ = require(pl_module)
+    names = {n for n, p in pl_module.named_parameters() if p.requires_grad}
+    known = {prefix + n for n in injection.trained} | {prefix + n for n in injection.frozen}
+    late = sorted(names - known)
+    if late:
+        raise TrainingError(
+            f"Parameters appeared after the adapters were injected: {', '.join(late[:4])}. Build the network in"
+            " `__init__` or `configure_model`, not in `setup` (callbacks are set up before the module)."
+        )
+
+
+def _check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Everything that trains must be in some optimizer."""
+    if "DeepSpeed" in type(trainer.strategy).__name__:  # keeps flattened copies instead of the parameters
+        return
+    held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    wanted = set(trainable_names(pl_module))
+    lost = [n for n, p in pl_module.named_parameters() if n in wanted and p.requires_grad and id(p) not in held]
+    if lost and trainer.optimizers:
+        raise TrainingError(
+            f"{len(lost)} of {len(wanted)} trainable tensors are in no optimizer ({', '.join(lost[:3])}, …) and would"
+            " never move. Build the optimizer in `configure_optimizers` from"
+            " [p for p in self.parameters() if p.requires_grad]; with LightningCLI set auto_configure_optimizers=False,"
+            " because it collects the parameters before the adapters exist."
+        )
+    if not trainer.optimizers:
+        rank_zero_warn("configure_optimizers returned no optimizer: the adapters will not train.")
+
+
+def _loss_factor(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    factor = scaler.get_scale() if scaler is not None else 1.0
+    return factor / trainer.accumulate_grad_batches if pl_module.automatic_optimization else factor

@@ -1,0 +1,25 @@
+"""The errors a user can meet. Each message names the fact, the value given and the way out."""
+
+
+class PEFTError(Exception):
+    """Base of every error raised on purpose by lightning_peft."""
+
+
+class ConfigError(PEFTError, ValueError):
+    """A method was built or combined with values that cannot work."""
+
+
+class NoMatchError(ConfigError):
+    """A pattern matched no module that the method can adapt."""
+
+
+class CheckpointError(PEFTError):
+    """A saved adapter does not fit the model, or is no adapter at all."""
+
+
+class MergeError(PEFTError):
+    """Merging is impossible for this method, or in this state of the model."""
+
+
+class TrainingError(PEFTError):
+    """The Trainer is set up so that the adapters would not train as asked."""

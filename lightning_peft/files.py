@@ -1,0 +1,122 @@
+"""Reading and writing adapter files: never half-written under their final name, never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_peft.errors import CheckpointError, PEFTError
+
+SECTION = "lightning_peft"
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """A path as given, or a file inside an installed package: ``pkg://PACKAGE/SUB/PATH`` (found, not imported)."""
+    text = os.fspath(path)
+    if not text.startswith("pkg://"):
+        return Path(text).expanduser()
+    package, _, rest = text.removeprefix("pkg://").partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise PEFTError(f"{text}: no package {package!r} is installed here. Try: pip install {package}")
+    return Path(next(iter(spec.submodule_search_locations)), rest)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; rename it to ``path`` at the end, or remove it if anything fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_adapter(path: Path, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """One safetensors file; the section travels as JSON in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", SECTION: json.dumps(dict(info))})
+
+
+def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and section of an adapter file or a Lightning checkpoint.
+
+    Raises:
+        CheckpointError: missing, broken, unsafe, or not written by us.
+    """
+    place = locate(path)
+    if not place.exists():
+        near = sorted(p.name for p in place.parent.glob("*") if p.suffix in (".ckpt", ".safetensors"))[:5]
+        raise CheckpointError(f"{place} does not exist." + (f" There is: {', '.join(near)}." if near else ""))
+    if place.is_dir():
+        raise CheckpointError(f"{place} is a folder; give the file in it (adapter.safetensors or a .ckpt).")
+    return _read_safetensors(place) if place.suffix == ".safetensors" else _read_checkpoint(place)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if SECTION not in metadata:
+                raise CheckpointError(
+                    f"{path} is a plain safetensors file without a {SECTION!r} section: a model or another library's"
+                    " adapter, not one of ours. `import_peft` reads folders written by peft."
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[SECTION])  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from None
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
+    return split(content, str(path))
+
+
+def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and section of a loaded Lightning checkpoint."""
+    if not isinstance(content, Mapping) or SECTION not in content or "state_dict" not in content:
+        raise CheckpointError(
+            f"{where} is a plain checkpoint without a {SECTION!r} section: it was written without the PEFT callback, or"
+            " before adapters were injected. Load it into the model before injection; it cannot be resumed with PEFT."
+        )
+    return dict(content["state_dict"]), dict(content[SECTION])
+
+
+def _why(error: Exception) -> str:
+    text = str(error)
+    unsafe = re.search(r"GLOBAL (\S+)", text)
+    if unsafe:
+        return f"it holds an object of {unsafe[1]}, which is not loaded because a pickle can run code."
+    return f"it is truncated or no checkpoint ({type(error).__name__}: {text.splitlines()[0][:120] if text else ''})."
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,208 @@
+"""Patterns to modules: which parts of a network a method adapts.
+
+A pattern without a wildcard is a full dotted name or its trailing dotted part (``q_proj``); with ``* ? [`` it is a
+glob over the full name; ``re:`` starts a regular expression. The words ``all-linear``, ``attention`` and ``mlp``
+stand for roles and need no names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from lightning_peft.errors import NoMatchError
+
+WORDS = ("all-linear", "attention", "mlp")
+
+#: role -> expression over the full dotted name; the names are those of transformers 5 and torch.
+ROLES: dict[str, str] = {
+    "q": r"(^|\.)(q_proj|query|q_lin|wq|to_q|(SelfAttention|EncDecAttention)\.q)$",
+    "k": r"(^|\.)(k_proj|key|k_lin|wk|to_k|(SelfAttention|EncDecAttention)\.k)$",
+    "v": r"(^|\.)(v_proj|value|v_lin|wv|to_v|(SelfAttention|EncDecAttention)\.v)$",
+    "qkv": r"(^|\.)(c_attn|qkv|Wqkv|query_key_value|qkv_proj|in_proj)$",
+    "o": r"(^|\.)(o_proj|out_proj|out_lin|wo|to_out\.0|(attn|attention)\.(c_proj|Wo|dense|proj)"
+    r"|attention\.output\.dense|(SelfAttention|EncDecAttention)\.o)$",
+    "up": r"(^|\.)(up_proj|gate_proj|gate_up_proj|fc1|lin1|linear1|wi|wi_0|wi_1|c_fc|Wi|intermediate\.dense"
+    r"|dense_h_to_4h)$",
+    "down": r"(^|\.)(down_proj|fc2|lin2|linear2|DenseReluDense\.wo|mlp\.(c_proj|Wo)|(?<!attention\.)output\.dense"
+    r"|dense_4h_to_h)$",
+}
+_WORD_ROLES = {"attention": ("q", "k", "v", "qkv", "o"), "mlp": ("up", "down")}
+
+
+def role(name: str) -> str | None:
+    """The role of a module by its dotted name, or None.
+
+    >>> role("encoder.layer.0.attention.self.query"), role("h.3.mlp.c_proj"), role("encoder.layer.0.output.dense")
+    ('q', 'down', 'down')
+    """
+    found = [key for key, expression in ROLES.items() if re.search(expression, name)]
+    # T5 calls its feed-forward output `wo`, Llama-style checkpoints call the attention output so: the longer wins
+    return "down" if "down" in found else found[0] if found else None
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Turn one pattern (not a word) into a test on full dotted names.
+
+    >>> matcher("q_proj")("layers.0.q_proj"), matcher("layers.*.q_proj")("layers.0.q_proj"), matcher("re:.*[qv]")("a.v")
+    (True, True, True)
+    """
+    if pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as error:
+            raise NoMatchError(f"{pattern!r} is not a regular expression: {error}.") from None
+        return lambda name: compiled.fullmatch(name) is not None
+    if any(c in pattern for c in "*?["):
+        return lambda name: fnmatch.fnmatchcase(name, pattern)
+    return lambda name: name == pattern or name.endswith("." + pattern)
+
+
+def as_patterns(patterns: str | Sequence[str] | None) -> list[str]:
+    """One pattern or several, as a list."""
+    if patterns is None:
+        return []
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def layer_index(name: str) -> int | None:
+    """The number of the layer a module sits in: the first numeric part of its name behind another part.
+
+    >>> layer_index("encoder.layer.11.attention.self.query"), layer_index("0"), layer_index("pooler.dense")
+    (11, None, None)
+    """
+    parts = name.split(".")
+    return next((int(p) for i, p in enumerate(parts) if i and p.isdigit()), None)
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Whether a module belongs to torchmetrics (its networks are judges, not students)."""
+    metric = getattr(sys.modules.get("torchmetrics"), "Metric", None)
+    return metric is not None and isinstance(module, metric)
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the modules that transformers puts around its base model: the output head, nothing for other models."""
+    transformers = sys.modules.get("transformers")
+    known = getattr(transformers, "PreTrainedModel", None) if transformers else None
+    heads: set[str] = set()
+    for name, module in model.named_modules():
+        if known is None or not isinstance(module, known):
+            continue
+        try:
+            output = module.get_output_embeddings()
+        except NotImplementedError:  # vision and speech models without a table of outputs
+            output = None
+        base = module.base_model
+        inside = {id(m) for m in base.modules()}
+        for child, part in module.named_modules(prefix=name):
+            if part is output or (base is not module and id(part) not in inside):
+                heads.add(child)
+    return heads - {""}
+
+
+def select(
+    modules: dict[str, nn.Module],
+    patterns: str | Sequence[str],
+    kinds: Callable[[nn.Module], bool],
+    linear: Callable[[nn.Module], bool],
+    *,
+    exclude: str | Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Iterable[str] = (),
+    prefix: str = "",
+    method: str = "the method",
+) -> dict[str, nn.Module]:
+    """Choose modules by name.
+
+    Args:
+        modules: full name -> module, candidates of every type.
+        patterns: patterns and words (see the module's docstring).
+        kinds: whether the method can adapt a module.
+        linear: whether ``all-linear`` means a module.
+        exclude: patterns of modules to leave alone.
+        layers: keep only modules whose layer number is listed.
+        heads: names the words skip (the output head).
+        prefix: path of the network in the module the user sees; patterns may be written with or without it.
+        method: name used in messages.
+
+    Raises:
+        NoMatchError: nothing is left; the message shows what could have been meant.
+    """
+    wanted, banned = as_patterns(patterns), [matcher(p) for p in as_patterns(exclude)]
+    tests = [_word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix) for p in wanted]
+    chosen: dict[str, nn.Module] = {}
+    hit: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if not any(test(name, module) for test in tests):
+            continue
+        hit[name] = module
+        if any(ban(prefix + name) or ban(name) for ban in banned) or not kinds(module):
+            continue
+        if layers is None or layer_index(name) in layers:
+            chosen[name] = module
+    if not chosen:
+        raise NoMatchError(_explain(method, wanted, exclude, layers, modules, hit, kinds))
+    return chosen
+
+
+def _named(test: Callable[[str], bool], prefix: str) -> Callable[[str, nn.Module], bool]:
+    return lambda name, _: test(name) or (bool(prefix) and test(prefix + name))
+
+
+def _word(word: str, linear: Callable[[nn.Module], bool], heads: set[str]) -> Callable[[str, nn.Module], bool]:
+    if word == "all-linear":
+        return lambda name, module: linear(module) and name not in heads
+    roles = _WORD_ROLES[word]
+    return lambda name, module: role(name) in roles and name not in heads
+
+
+def _explain(method, wanted, exclude, layers, modules, hit, kinds) -> str:
+    """The text of a failed match: the fact, the candidates by type, the nearest names, the way out."""
+    asked = ", ".join(repr(p) for p in wanted)
+    if not modules:
+        return (
+            f"{method}: target_modules={asked} matched nothing because the model has no modules yet. Build the network"
+            " in `__init__` or `configure_model`, not in `setup` (callbacks are set up before the module)."
+        )
+    usable = {name: module for name, module in modules.items() if kinds(module)}
+    lines = [f"{method}: target_modules={asked} matched no module it can adapt."]
+    if hit and any(kinds(m) for m in hit.values()):
+        why = [
+            f"exclude_modules={exclude!r}" if exclude else "",
+            f"layers={list(layers)}" if layers is not None else "",
+        ]
+        numbers = sorted({i for n in hit if (i := layer_index(n)) is not None})
+        lines.append(
+            f"All {len(hit)} hits were dropped by {' and '.join(w for w in why if w)}; layers here: {numbers}."
+        )
+    elif hit:
+        name, module = next(iter(hit.items()))
+        lines.append(f"The name matches, but {name!r} is a {type(module).__name__}.")
+    counts = Counter(type(m).__name__ for m in usable.values())
+    if usable:
+        lines.append("It can adapt: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()) + ".")
+        lines.append("Names, for example: " + ", ".join(_near(wanted, list(usable))) + ".")
+        lines.append("Write one of these, its last part, a glob ('*.q_proj'), 're:…', or 'all-linear'.")
+    else:
+        there = Counter(type(m).__name__ for m in modules.values() if not list(m.children()))
+        lines.append(
+            "The model has none of the types it can adapt; it has "
+            + ", ".join(f"{n} {kind}" for kind, n in there.most_common(6))
+            + "."
+        )
+    return " ".join(lines)
+
+
+def _near(wanted: Sequence[str], names: list[str], count: int = 6) -> list[str]:
+    """The names most like what was asked for, else the first ones."""
+    last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    close = [m for p in wanted for m in difflib.get_close_matches(p.rsplit(".", 1)[-1], last, n=2, cutoff=0.5)]
+    near = [last[c] for c in dict.fromkeys(close)]
+    return (near + [n for n in last.values() if n not in near][::-1])[:count]

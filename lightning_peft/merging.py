@@ -1,0 +1,83 @@
+"""Fold adapters into the base weights, reversibly, or for good."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_peft.errors import MergeError
+from lightning_peft.injection import remove, switch
+from lightning_peft.trainable import require
+
+
+def merge(model: nn.Module) -> None:
+    """Fold every adapter into its base weights: summed in float32 (or wider), cast once. In place, reversible.
+
+    The originals are kept, so `unmerge` restores them bit for bit. A parameter that is tied to another module is
+    untied while merged: the other module keeps its value.
+
+    Raises:
+        MergeError: the model is merged already, or the method does not merge.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from lightning_peft import LoRA, inject, merge, unmerge
+    >>> net = nn.Sequential(nn.Linear(4, 4))
+    >>> before = net[0].weight
+    >>> inject(net, LoRA()); merge(net); unmerge(net)
+    >>> net[0].weight is before
+    True
+    """
+    injection, _, root = require(model)
+    if injection.merged:
+        raise MergeError("The model is merged already; unmerge(model) takes the adapters out of the weights again.")
+    refuse(model)
+    switch(injection, root, merged=True)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take the adapters out of the weights again; the very same parameters return.
+
+    Raises:
+        MergeError: the model is not merged.
+    """
+    injection, _, root = require(model)
+    if not injection.merged:
+        raise MergeError("The model is not merged, so there is nothing to unmerge.")
+    switch(injection, root, merged=False)
+
+
+def merge_and_unload(model: nn.Module) -> None:
+    """Merge for good: the original modules with merged weights stay, wrappers and record go. In place.
+
+    >>> from torch import nn
+    >>> from lightning_peft import LoRA, inject, merge_and_unload
+    >>> net = nn.Sequential(nn.Linear(4, 4))
+    >>> inject(net, LoRA()); merge_and_unload(net); type(net[0]).__name__
+    'Linear'
+    """
+    injection, _, root = require(model)
+    refuse(model)
+    tied = tied_parameters(root)
+    switch(injection, root, merged=True)
+    remove(injection, root)
+    config = getattr(root, "config", None)
+    if tied and tied_parameters(root) != tied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # one side took an adapter, the other did not: they are two tensors now
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise a `MergeError` with the reason if a method in the model does not merge."""
+    for method in require(model)[0].methods:
+        if not method.mergeable:
+            raise MergeError(
+                f"{type(method).__name__} cannot be merged: {method.why_not_mergeable} Keep the adapter beside the"
+                " base: save_adapter(model, path)."
+            )
+
+
+def tied_parameters(root: nn.Module) -> set[tuple[str, ...]]:
+    """Groups of names that stand for one parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace(".base.", "."))
+    return {tuple(sorted(group)) for group in names.values() if len(group) > 1}

@@ -1,0 +1,317 @@
+"""What a fine-tuning method is (`Method`) and what a module it wrapped promises (`Adapted`, `Delta`).
+
+How each family stands on this interface
+----------------------------------------
+========================================  ============================================================================
+family                                    parts it uses
+========================================  ============================================================================
+LoRA and relatives                        ``wrap(linear) -> Adapted``; ``Adapted.merged`` gives the new base tensors
+bottleneck adapters                       ``wrap(sub-layer)``: the module whose output is h (dropout, LayerNorm, block)
+parallel adapters                         ``wrap`` the sub-layer's output; ``connect`` hands it the sub-layer's input
+prefixes inside attention                 ``wrap(attention)``: the wrapper makes its key/values known while base runs
+virtual tokens                            ``wrap(embedding)`` in place of placeholders; ``wrap(backbone)`` where the
+                                          sequence grows between the embedding and the last hidden state; ``attach``
+                                          and ``detach`` where the backbone is the root and has no parent
+weights that follow the product           ``after_step`` takes the snapshot, ``state_names`` saves it
+state shared by modules                   ``connect`` registers one ``Delta`` in all: ``named_parameters`` names it once
+loss terms                                ``regularizer``, added by the callback before backward
+gradient transforms                       ``transform_grads``, called on unscaled gradients before clipping
+optimizer groups                          ``param_groups``
+siblings that read one input              ``connect`` sees all wrapped modules and may link those with one parent
+full fine-tuning, BitFit                  ``thaw`` names the base parameters that train; nothing is wrapped
+========================================  ============================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.match import head_names, is_metric, select
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+class Delta(nn.Module):
+    """Holds the trained tensors of one adapted module; never narrower than float32, whatever the model is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def keep(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if not tensor.is_floating_point() or out.dtype not in _NARROW:
+                return out
+            if tensor.is_meta:
+                return torch.empty_like(tensor, device=out.device)
+            return tensor.to(out.device)
+
+        return super()._apply(keep, recurse)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values again (used when tensors were built on ``meta``)."""
+
+
+class Adapted(nn.Module):
+    """A module with an adapter: ``base`` is the untouched original, ``delta`` holds what trains.
+
+    Attributes the wrapper lacks (``weight``, ``in_features``, …) are those of the base, so code that looks inside
+    keeps working. ``active`` is False while the adapter is switched off or merged.
+    """
+
+    active: bool
+
+    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
+        super().__init__()
+        self.base, self.delta = base, delta
+        self.active = True
+        self.originals: dict[str, nn.Parameter] = {}  # base parameters replaced by merged ones; outside parameters()
+        self.train(base.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base and add the correction; each method defines it."""
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def merged(self) -> dict[str, Tensor]:
+        """Base parameters with the adapter folded in, by their name in ``base``; float32 or wider.
+
+        Raises:
+            MergeError: the method cannot be folded into weights.
+        """
+        raise MergeError(f"{type(self).__name__} cannot be merged into weights.")
+
+    def merge(self) -> None:
+        """Swap the merged tensors in; the originals are kept, so that `unmerge` restores the very same objects."""
+        with torch.no_grad():
+            tensors = self.merged()
+        for name, tensor in tensors.items():
+            if not tensor.is_meta and not torch.isfinite(tensor).all():
+                raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
+        for name, tensor in tensors.items():
+            old = self.base.get_parameter(name)
+            self.originals[name] = old
+            self._put(name, nn.Parameter(tensor.to(old.dtype), requires_grad=False))
+        self.active = False
+
+    def unmerge(self) -> None:
+        """Put the original base parameters back."""
+        for name, old in self.originals.items():
+            now = self.base.get_parameter(name)
+            if old.device != now.device:
+                old.data = old.data.to(now.device)
+            self._put(name, old)
+        self.originals = {}
+        self.active = True
+
+    def _put(self, name: str, value: nn.Parameter) -> None:
+        owner, _, leaf = name.rpartition(".")
+        self.base.get_submodule(owner)._parameters[leaf] = value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None:
+                raise
+            return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `lm_head.weight = embedding.weight` (tying after injection) must reach the base
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and name in base._parameters:
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        if self.originals:
+            self.unmerge()
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            if key[len(prefix) :].split(".", 1)[0] not in self._modules:  # a plain checkpoint of the base fits as well
+                state_dict[f"{prefix}base.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def call_base(module: Adapted) -> nn.Module:
+    """The innermost original behind a wrapper (wrappers may be nested)."""
+    base = module.base
+    while isinstance(base, Adapted):
+        base = base.base
+    return base
+
+
+class Method(ABC):
+    """A way to fine-tune. Subclasses are frozen dataclasses: their fields are the configuration (and the YAML).
+
+    A method must define `wrap` (or `thaw`); everything else has a default. The optional parts are plain functions of
+    the model, driven by the ``PEFT`` callback and usable without Lightning.
+    """
+
+    #: the source: title, authors, arXiv number
+    paper: ClassVar[str] = ""
+    #: whether `merge` can fold it into the base weights
+    mergeable: ClassVar[bool] = True
+    why_not_mergeable: ClassVar[str] = ""
+    #: learning rate used when none is given, the range worth searching, and where both come from
+    default_lr: ClassVar[float] = 1e-4
+    lr_range: ClassVar[tuple[float, float]] = (1e-5, 1e-3)
+    lr_source: ClassVar[str] = ""
+    #: whether the adapted model gives the base's output right after injection
+    identity_at_init: ClassVar[bool] = True
+    #: whether it changes the base itself, so that no copy of it is kept
+    complete: ClassVar[bool] = False
+    #: fields in which a saved adapter may differ from the one it is loaded into (targets are compared by resolved name)
+    free_fields: ClassVar[frozenset[str]] = frozenset(
+        {"target_modules", "exclude_modules", "modules_to_save", "layers", "dropout", "init_seed"}
+    )
+
+    # ---- where -----------------------------------------------------------------------------------------------------
+    def adapts(self, module: nn.Module) -> bool:
+        """Whether `wrap` can take this module (its type)."""
+        return False
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Whether the word ``all-linear`` means this module."""
+        return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+    def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+        """The modules to wrap, by full name. Default: ``target_modules`` minus ``exclude_modules``, in ``layers``."""
+        patterns = getattr(self, "target_modules", None)
+        if patterns is None:
+            return {}
+        return select(
+            candidates(model),
+            patterns,
+            self.adapts,
+            self.is_linear,
+            exclude=getattr(self, "exclude_modules", None),
+            layers=getattr(self, "layers", None),
+            heads=head_names(model),
+            prefix=prefix,
+            method=type(self).__name__,
+        )
+
+    def thaw(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
+        """Names of base parameters that train as they are (full fine-tuning, biases). Default: none."""
+        return []
+
+    # ---- what ------------------------------------------------------------------------------------------------------
+    def wrap(self, module: nn.Module, name: str) -> nn.Module:
+        """The module that takes the place of ``module``; ``name`` is its path, which also seeds its random numbers."""
+        raise TypeError(f"{type(self).__name__} defines no wrap")
+
+    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+        """Link the wrapped modules: shared tensors, siblings that read one input, inputs from elsewhere."""
+
+    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Put the method into the model in place. Returns what stands at each target's name now."""
+        wrapped = {name: self.wrap(module, name) for name, module in targets.items()}
+        replace(model, wrapped)
+        self.connect(model, wrapped)
+        return wrapped
+
+    def detach(self, model: nn.Module, names: list[str]) -> None:
+        """Take the method out again: the originals return to their places."""
+        found = {name: model.get_submodule(name) for name in names}
+        replace(model, {name: module.base for name, module in found.items() if isinstance(module, Adapted)})
+
+    # ---- optional parts, driven by the callback ---------------------------------------------------------------------
+    def regularizer(self, model: nn.Module) -> Tensor | None:
+        """A term to add to the loss, or None."""
+        return None
+
+    def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups over everything that trains. Default: decay for matrices, none for vectors."""
+        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [(matrices, weight_decay), (vectors, 0.0)]
+        return [{"params": params, "lr": lr, "weight_decay": decay} for params, decay in groups if params]
+
+    def transform_grads(self, model: nn.Module) -> None:
+        """Change gradients before the optimizer step; they are unscaled and not yet clipped."""
+
+    def after_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
+        """Called after optimizer step number ``step`` (from 1); gradients of that step are still there."""
+
+    def state_names(self, model: nn.Module) -> list[str]:
+        """Frozen tensors and buffers that inference needs beside the trained ones."""
+        return []
+
+    def resume_state(self, model: nn.Module) -> dict[str, Any]:
+        """What only a resume needs: primitives and tensors."""
+        return {}
+
+    def load_resume_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Take back what `resume_state` gave."""
+
+    # ---- identity --------------------------------------------------------------------------------------------------
+    def config(self) -> dict[str, Any]:
+        """The fields as plain values, ready for JSON and for ``weights_only`` checkpoints."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def generator(self, name: str) -> torch.Generator:
+        """A seeded generator for the module called ``name``: the same for every set of targets and every rank."""
+        seed = f"{getattr(self, 'init_seed', 0)}:{name}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(seed).digest()[:7], "big"))
+
+
+def registry() -> dict[str, type[Method]]:
+    """Every method by its class name: ours, and subclasses of `Method` that the user's code has defined."""
+    found: dict[str, type[Method]] = {}
+    waiting = list(Method.__subclasses__())
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        ours = kind.__module__.startswith("lightning_peft.")
+        if dataclasses.is_dataclass(kind) and (ours or kind.__name__ not in found):
+            found[kind.__name__] = kind
+    return dict(sorted(found.items()))
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module a pattern may name, once each, without torchmetrics and without parts that are adapted already."""
+    found: dict[str, nn.Module] = {}
+    closed: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(c) for c in closed):
+            continue
+        if is_metric(module) or isinstance(module, (Adapted, Delta)):
+            closed.append(name + ".")
+        elif name:
+            found[name] = module
+    return found
+
+
+def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> None:
+    """Set submodules by name, also in lists and dicts of modules, under every name the old one is known by."""
+    new = {id(model.get_submodule(name)): module for name, module in swaps.items()}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[key] = new[id(child)]
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of adapter tensors beside ``weight``: float64 stays, everything else gives float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def check_number(owner: str, field: str, value: float, low: float, *, high: float | None = None) -> None:
+    """Raise a `ConfigError` unless ``low <= value (<= high)``."""
+    if not low <= value or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ConfigError(f"{owner}({field}={value!r}): {field} must be {bound}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,40 @@
+"""Full fine-tuning: every parameter trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_peft.method import Method
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Method):
+    """Train every parameter that is not frozen already; the baseline the other methods are measured by.
+
+    Parameters that were frozen before injection (sinusoidal positions, for example) stay frozen.
+
+    >>> from torch import nn
+    >>> from lightning_peft import FullFineTuning, inject, trainable_names
+    >>> net = nn.Linear(4, 2)
+    >>> inject(net, FullFineTuning())
+    >>> trainable_names(net)
+    ['weight', 'bias']
+    """
+
+    paper: ClassVar[str] = "BERT: Pre-training of Deep Bidirectional Transformers, Devlin et al. 2018, arXiv:1810.04805"
+    complete: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 5e-5
+    lr_range: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
+    lr_source: ClassVar[str] = "BERT, arXiv:1810.04805, appendix A.3: 2e-5 to 5e-5"
+
+    def thaw(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
+        """Everything that requires a gradient now."""
+        return [n for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+
+    def state_names(self, model: nn.Module) -> list[str]:
+        """All that is not trained, so that the file is the complete model."""
+        return [n for n, t in model.state_dict(keep_vars=True).items() if not t.requires_grad]

@@ -1,0 +1,143 @@
+"""What inject did to a model, and THE definition of what trains: optimizer, checkpoint and summary all ask here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.errors import PEFTError
+from lightning_peft.match import is_metric
+from lightning_peft.method import Adapted, Method
+
+MARK = "_lightning_peft"
+#: set on modules that our own code added to a loaded model: their values come from no checkpoint
+NEW = "_lightning_peft_new"
+
+
+@dataclass
+class Injection:
+    """The record of one injection, kept on the network (plain data: it pickles and deep-copies with the model)."""
+
+    methods: list[Method]
+    targets: list[list[str]]  # per method, names before wrapping
+    saved: list[str]  # modules trained and saved in full, new heads included
+    new: list[str]  # those of them that from_pretrained did not fill
+    base: dict[str, Any]  # fingerprint of what stays frozen
+    trained: list[str] = field(default_factory=list)  # parameter names now
+    frozen: list[str] = field(default_factory=list)
+    before: dict[str, Tensor] = field(default_factory=dict)  # start values of base parameters that train
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # start values of buffers
+    flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before, by name before wrapping
+    merged: bool = False
+    disabled: int = 0  # depth of `disabled` contexts
+
+
+def network(model: nn.Module) -> tuple[str, nn.Module]:
+    """The network inside a LightningModule, with its path: the only child that has parameters, else the module itself.
+
+    Files name tensors relative to it, so an adapter trained in one LightningModule fits another, or the bare network.
+    """
+    path, module = "", model
+    lightning = sys.modules.get("lightning.pytorch")
+    if lightning is not None and isinstance(model, lightning.LightningModule):
+        parts = [(n, m) for n, m in model.named_children() if not is_metric(m) and any(True for _ in m.parameters())]
+        if len(parts) == 1 and not model._parameters:
+            path, module = parts[0][0] + ".", parts[0][1]
+    if type(module).__name__ == "OptimizedModule":  # torch.compile(net) as a submodule
+        path, module = path + "_orig_mod.", module.get_submodule("_orig_mod")
+    return path, module
+
+
+def find(model: nn.Module) -> tuple[Injection, str, nn.Module] | None:
+    """The injection in ``model`` with the path and the network it was made in, or None."""
+    for name, module in model.named_modules():
+        if MARK in module.__dict__:
+            return module.__dict__[MARK], name + "." if name else "", module
+    return None
+
+
+def require(model: nn.Module) -> tuple[Injection, str, nn.Module]:
+    """As `find`, but a model without adapters is an error."""
+    found = find(model)
+    if found is None:
+        raise PEFTError(
+            f"{type(model).__name__} has no adapters. Call inject(model, method) or load_adapter(model, path) first,"
+            " and pass the module they were called with, or one that contains it."
+        )
+    return found
+
+
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """All wrapped modules with their names."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, Adapted))
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of all parameters that train, in the order of ``named_parameters``.
+
+    >>> from torch import nn
+    >>> from lightning_peft import LoRA, inject
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> inject(net, LoRA(target_modules="0", modules_to_save="1"))
+    >>> trainable_names(net)
+    ['0.delta.lora_A', '0.delta.lora_B', '1.weight', '1.bias']
+    """
+    injection, prefix, _ = require(model)
+    trained = {prefix + n for n in injection.trained}
+    return [n for n, p in model.named_parameters() if n in trained or p.requires_grad]
+
+
+def state_names(model: nn.Module) -> list[str]:
+    """Frozen tensors and buffers that inference needs beside the trained ones; empty for plain LoRA.
+
+    That is what the method declares, the buffers of modules trained in full, statistics that moved since injection,
+    and the buffers a LightningModule keeps beside its network.
+    """
+    injection, prefix, root = require(model)
+    tensors = dict(root.state_dict(keep_vars=True))
+    names = {n for m in injection.methods for n in m.state_names(root)}
+    names |= {n for n in injection.buffers if any(n.startswith(s + ".") for s in injection.saved)}
+    names |= {n for n, old in injection.buffers.items() if n in tensors and moved(old, tensors[n])}
+    outside = [n for n in persistent_buffers(model) if not n.startswith(prefix)] if prefix else []
+    return [prefix + n for n in tensors if n in names and n not in injection.trained] + outside
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to a state dict."""
+    state, owned = {}, {id(p) for p in model.parameters()}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in owned:
+                state[f"{prefix}.{name}" if prefix else name] = buffer
+    return state
+
+
+def moved(old: Tensor, new: Tensor) -> bool:
+    """Whether a tensor differs from its earlier value."""
+    if old.is_meta or new.is_meta:
+        return False
+    return old.shape != new.shape or not torch.equal(old, new.detach().to(old.device, old.dtype))
+
+
+def frozen_statistics(model: nn.Module) -> list[nn.Module]:
+    """Normalisation layers with running statistics that do not train; in train mode they would drift all the same."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    return [
+        m
+        for m in model.modules()
+        if getattr(m, "running_mean", None) is not None
+        and getattr(m, "track_running_stats", True)
+        and not is_metric(m)
+        and not any(id(p) in trained for p in m.parameters(recurse=False))
+    ]
+
+
+def hold_statistics(model: nn.Module) -> None:
+    """Put frozen normalisation layers with running statistics into eval mode."""
+    for module in frozen_statistics(model):
+        module.eval()
