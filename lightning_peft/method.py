@@ -164,6 +164,8 @@ class Method(ABC):
     lr_source: ClassVar[str] = ""
     #: whether the adapted model gives the base's output right after injection
     identity_at_init: ClassVar[bool] = True
+    #: whether it refuses decoders
+    encoders_only: ClassVar[bool] = False
     #: whether it changes the base itself, so that no copy of it is kept
     complete: ClassVar[bool] = False
     #: fields in which a saved adapter may differ from the one it is loaded into (targets are compared by resolved name)
