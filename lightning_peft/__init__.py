@@ -17,7 +17,8 @@ _HOME = {
         "MergeError",
         "TrainingError",
     ),
-    "lightning_peft.method": ("Method", "Adapted", "Delta"),
+    "lightning_peft.adapted": ("Adapted", "Delta"),
+    "lightning_peft.method": ("Method",),
     "lightning_peft.injection": ("inject", "unload", "disabled"),
     "lightning_peft.trainable": ("trainable_names", "state_names"),
     "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
@@ -30,6 +31,7 @@ _HOME = {
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
+    from lightning_peft.adapted import Adapted, Delta
     from lightning_peft.callbacks import PEFT, LogAdapter, MergeOnFitEnd, TrainabilityCheck
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
     from lightning_peft.errors import (
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from lightning_peft.export import save_merged
     from lightning_peft.injection import disabled, inject, unload
     from lightning_peft.merging import merge, merge_and_unload, unmerge
-    from lightning_peft.method import Adapted, Delta, Method
+    from lightning_peft.method import Method
     from lightning_peft.methods import *  # noqa: F403
     from lightning_peft.reload import load_from_checkpoint
     from lightning_peft.summary import describe, summarize

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lightning_peft.adapted import Adapted
 from lightning_peft.errors import ConfigError, NoMatchError, PEFTError
 from lightning_peft.fingerprint import fingerprint
-from lightning_peft.match import as_patterns, matcher
-from lightning_peft.method import Adapted, Method, candidates
+from lightning_peft.heads import new_modules, resolve_modules
+from lightning_peft.match import as_patterns
+from lightning_peft.method import Method
 from lightning_peft.trainable import (
     MARK,
-    NEW,
     Injection,
     adapted_modules,
     find,
@@ -196,19 +197,6 @@ def as_methods(method: Methods) -> list[Method]:
     return methods
 
 
-def resolve_modules(root: nn.Module, patterns: list[str], prefix: str = "") -> list[str]:
-    """Names of modules meant by ``modules_to_save``; every pattern must match."""
-    modules, names = candidates(root), []
-    for pattern in patterns:
-        test = matcher(pattern)
-        hit = [n for n in modules if test(n) or (prefix and test(prefix + n))]
-        if not hit:
-            top = ", ".join(n for n, _ in root.named_children()) or "none"
-            raise NoMatchError(f"modules_to_save={pattern!r} matched no module. The top modules here are: {top}.")
-        names += hit
-    return list(dict.fromkeys(names))
-
-
 def raise_untrained(root: nn.Module) -> None:
     """Undo an injection that left nothing to train, and say so."""
     injection = root.__dict__[MARK]
@@ -217,31 +205,6 @@ def raise_untrained(root: nn.Module) -> None:
     raise ConfigError(
         f"{names} leaves nothing to train in {type(root).__name__}: all its parameters were frozen before."
     )
-
-
-def new_modules(root: nn.Module) -> list[str]:
-    """Modules whose values come from no checkpoint: from_pretrained did not fill them, or our code added them."""
-    fresh: list[str] = []
-    loaded = any(_filled(p) for p in root.parameters())
-    for name, module in root.named_modules():
-        if not name or any(name.startswith(f + ".") for f in fresh):
-            continue
-        parameters = list(module.parameters())
-        unfilled = loaded and parameters and not any(_filled(p) for p in parameters)
-        if module.__dict__.get(NEW) or (unfilled and _within_pretrained(root, name)):
-            fresh.append(name)
-    return fresh
-
-
-def _filled(parameter: nn.Parameter) -> bool:
-    return bool(getattr(parameter, "_is_hf_initialized", False))
-
-
-def _within_pretrained(root: nn.Module, name: str) -> bool:
-    """Whether a module lies in a transformers model that from_pretrained filled: elsewhere nothing is guessed."""
-    parts = name.split(".")
-    owners = [root.get_submodule(".".join(parts[:i])) if i else root for i in range(len(parts))]
-    return any(hasattr(o, "base_model_prefix") and any(_filled(p) for p in o.parameters()) for o in owners)
 
 
 def _saved(root: nn.Module, methods: list[Method], prefix: str) -> tuple[list[str], list[str]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.method import Adapted, Delta, factor_dtype
+from lightning_peft.adapted import Adapted, Delta, factor_dtype
 
 
 class LowRank(Delta):

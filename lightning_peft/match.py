@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
+from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import NoMatchError
 
 WORDS = ("all-linear", "attention", "mlp")
@@ -87,24 +88,18 @@ def is_metric(module: nn.Module) -> bool:
     return metric is not None and isinstance(module, metric)
 
 
-def head_names(model: nn.Module) -> set[str]:
-    """Names of the modules that transformers puts around its base model: the output head, nothing for other models."""
-    transformers = sys.modules.get("transformers")
-    known = getattr(transformers, "PreTrainedModel", None) if transformers else None
-    heads: set[str] = set()
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module a pattern may name, once each, without torchmetrics and without parts that are adapted already."""
+    found: dict[str, nn.Module] = {}
+    closed: list[str] = []
     for name, module in model.named_modules():
-        if known is None or not isinstance(module, known):
+        if any(name.startswith(c) for c in closed):
             continue
-        try:
-            output = module.get_output_embeddings()
-        except NotImplementedError:  # vision and speech models without a table of outputs
-            output = None
-        base = module.base_model
-        inside = {id(m) for m in base.modules()}
-        for child, part in module.named_modules(prefix=name):
-            if part is output or (base is not module and id(part) not in inside):
-                heads.add(child)
-    return heads - {""}
+        if is_metric(module) or isinstance(module, (Adapted, Delta)):
+            closed.append(name + ".")
+        elif name:
+            found[name] = module
+    return found
 
 
 def select(

@@ -1,7 +1,5 @@
-"""What a fine-tuning method is (`Method`) and what a module it wrapped promises (`Adapted`, `Delta`).
+"""What a fine-tuning method is: the contract `Method`, and how every family stands on it.
 
-How each family stands on this interface
-----------------------------------------
 ========================================  ============================================================================
 family                                    parts it uses
 ========================================  ============================================================================
@@ -27,123 +25,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import ConfigError, MergeError
-from lightning_peft.match import head_names, is_metric, select
-
-_NARROW = (torch.float16, torch.bfloat16)
-
-
-class Delta(nn.Module):
-    """Holds the trained tensors of one adapted module; never narrower than float32, whatever the model is cast to."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        def keep(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            if not tensor.is_floating_point() or out.dtype not in _NARROW:
-                return out
-            if tensor.is_meta:
-                return torch.empty_like(tensor, device=out.device)
-            return tensor.to(out.device)
-
-        return super()._apply(keep, recurse)
-
-    def reset_parameters(self) -> None:
-        """Draw the initial values again (used when tensors were built on ``meta``)."""
-
-
-class Adapted(nn.Module):
-    """A module with an adapter: ``base`` is the untouched original, ``delta`` holds what trains.
-
-    Attributes the wrapper lacks (``weight``, ``in_features``, …) are those of the base, so code that looks inside
-    keeps working. ``active`` is False while the adapter is switched off or merged.
-    """
-
-    active: bool
-
-    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
-        super().__init__()
-        self.base, self.delta = base, delta
-        self.active = True
-        self.originals: dict[str, nn.Parameter] = {}  # base parameters replaced by merged ones; outside parameters()
-        self.train(base.training)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base and add the correction; each method defines it."""
-        raise TypeError(f"{type(self).__name__} defines no forward")
-
-    def merged(self) -> dict[str, Tensor]:
-        """Base parameters with the adapter folded in, by their name in ``base``; float32 or wider.
-
-        Raises:
-            MergeError: the method cannot be folded into weights.
-        """
-        raise MergeError(f"{type(self).__name__} cannot be merged into weights.")
-
-    def merge(self) -> None:
-        """Swap the merged tensors in; the originals are kept, so that `unmerge` restores the very same objects."""
-        with torch.no_grad():
-            tensors = self.merged()
-        for name, tensor in tensors.items():
-            if not tensor.is_meta and not torch.isfinite(tensor).all():
-                raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
-        for name, tensor in tensors.items():
-            old = self.base.get_parameter(name)
-            self.originals[name] = old
-            self._put(name, nn.Parameter(tensor.to(old.dtype), requires_grad=False))
-        self.active = False
-
-    def unmerge(self) -> None:
-        """Put the original base parameters back."""
-        for name, old in self.originals.items():
-            now = self.base.get_parameter(name)
-            if old.device != now.device:
-                old.data = old.data.to(now.device)
-            self._put(name, old)
-        self.originals = {}
-        self.active = True
-
-    def _put(self, name: str, value: nn.Parameter) -> None:
-        owner, _, leaf = name.rpartition(".")
-        self.base.get_submodule(owner)._parameters[leaf] = value
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None:
-                raise
-            return getattr(base, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # `lm_head.weight = embedding.weight` (tying after injection) must reach the base
-        base = self.__dict__.get("_modules", {}).get("base")
-        if base is not None and name in base._parameters:
-            setattr(base, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        if self.originals:
-            self.unmerge()
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            if key[len(prefix) :].split(".", 1)[0] not in self._modules:  # a plain checkpoint of the base fits as well
-                state_dict[f"{prefix}base.{key[len(prefix) :]}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def call_base(module: Adapted) -> nn.Module:
-    """The innermost original behind a wrapper (wrappers may be nested)."""
-    base = module.base
-    while isinstance(base, Adapted):
-        base = base.base
-    return base
+from lightning_peft.adapted import Adapted
+from lightning_peft.errors import ConfigError
+from lightning_peft.heads import head_names
+from lightning_peft.match import candidates, select
 
 
 class Method(ABC):
@@ -276,20 +167,6 @@ def registry() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module a pattern may name, once each, without torchmetrics and without parts that are adapted already."""
-    found: dict[str, nn.Module] = {}
-    closed: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(c) for c in closed):
-            continue
-        if is_metric(module) or isinstance(module, (Adapted, Delta)):
-            closed.append(name + ".")
-        elif name:
-            found[name] = module
-    return found
-
-
 def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> None:
     """Set submodules by name, also in lists and dicts of modules, under every name the old one is known by."""
     new = {id(model.get_submodule(name)): module for name, module in swaps.items()}
@@ -297,11 +174,6 @@ def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> None:
         for key, child in parent._modules.items():
             if id(child) in new:
                 parent._modules[key] = new[id(child)]
-
-
-def factor_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of adapter tensors beside ``weight``: float64 stays, everything else gives float32."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def check_number(owner: str, field: str, value: float, low: float, *, high: float | None = None) -> None:

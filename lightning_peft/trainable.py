@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapted import Adapted
 from lightning_peft.errors import PEFTError
 from lightning_peft.match import is_metric
-from lightning_peft.method import Adapted, Method
+from lightning_peft.method import Method
 
 MARK = "_lightning_peft"
-#: set on modules that our own code added to a loaded model: their values come from no checkpoint
-NEW = "_lightning_peft_new"
 
 
 @dataclass

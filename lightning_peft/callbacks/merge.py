@@ -13,7 +13,6 @@ from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.export import save_merged
-from lightning_peft.injection import switch
 from lightning_peft.merging import merge
 from lightning_peft.method import Method
 from lightning_peft.trainable import find, require
@@ -51,13 +50,12 @@ class MergeOnFitEnd(L.Callback):
                 raise ConfigError(f"MergeOnFitEnd(dirpath={self.dirpath!r}): that is a file; give a folder.")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training continues from unmerged weights."""
+        """Check methods that the module injected itself in ``configure_model``."""
         if find(pl_module) is None:
             raise MergeError("MergeOnFitEnd found no adapters. Add PEFT(LoRA(...)) to the Trainer's callbacks.")
-        injection, _, root = require(pl_module)
-        switch(injection, root, merged=False)
-        if any(not m.mergeable for m in injection.methods) and self.dirpath:
-            self._check(injection.methods)
+        methods = require(pl_module)[0].methods
+        if self.dirpath and any(not m.mergeable for m in methods):
+            self._check(methods)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load, merge, write."""

@@ -17,7 +17,7 @@ from lightning_peft.callbacks.hooks import install
 from lightning_peft.checkpoint import inject_from, load_adapter
 from lightning_peft.errors import ConfigError, TrainingError
 from lightning_peft.files import read
-from lightning_peft.injection import as_methods, inject
+from lightning_peft.injection import as_methods, inject, switch
 from lightning_peft.method import Method
 from lightning_peft.summary import describe
 from lightning_peft.trainable import find, frozen_statistics, require, trainable_names
@@ -87,7 +87,9 @@ class PEFT(L.Callback):
         install(pl_module, self.save)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what trains, and make sure that it does."""
+        """Say what trains, and make sure that it does; training continues from unmerged weights."""
+        injection, _, root = require(pl_module)
+        switch(injection, root, merged=False)
         _check_nothing_new(pl_module)
         _check_optimizers(trainer, pl_module)
         rank_zero_info(describe(pl_module))

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapted import Adapted, factor_dtype
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank import LowRank, LowRankConv1D, LowRankEmbedding, LowRankLinear, kaiming
 from lightning_peft.match import matcher
-from lightning_peft.method import Adapted, Method, check_number, factor_dtype
+from lightning_peft.method import Method, check_number
 
 
 @dataclass(frozen=True)

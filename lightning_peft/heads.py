@@ -1,0 +1,71 @@
+"""Heads: which modules are the output head, which are new, which train in full."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from lightning_peft.errors import NoMatchError
+from lightning_peft.match import candidates, matcher
+
+#: set on modules that our own code added to a loaded model: their values come from no checkpoint
+NEW = "_lightning_peft_new"
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the modules that transformers puts around its base model: the output head, nothing for other models."""
+    transformers = sys.modules.get("transformers")
+    known = getattr(transformers, "PreTrainedModel", None) if transformers else None
+    heads: set[str] = set()
+    for name, module in model.named_modules():
+        if known is None or not isinstance(module, known):
+            continue
+        try:
+            output = module.get_output_embeddings()
+        except NotImplementedError:  # vision and speech models without a table of outputs
+            output = None
+        base = module.base_model
+        inside = {id(m) for m in base.modules()}
+        for child, part in module.named_modules(prefix=name):
+            if part is output or (base is not module and id(part) not in inside):
+                heads.add(child)
+    return heads - {""}
+
+
+def resolve_modules(root: nn.Module, patterns: list[str], prefix: str = "") -> list[str]:
+    """Names of modules meant by ``modules_to_save``; every pattern must match."""
+    modules, names = candidates(root), []
+    for pattern in patterns:
+        test = matcher(pattern)
+        hit = [n for n in modules if test(n) or (prefix and test(prefix + n))]
+        if not hit:
+            top = ", ".join(n for n, _ in root.named_children()) or "none"
+            raise NoMatchError(f"modules_to_save={pattern!r} matched no module. The top modules here are: {top}.")
+        names += hit
+    return list(dict.fromkeys(names))
+
+
+def new_modules(root: nn.Module) -> list[str]:
+    """Modules whose values come from no checkpoint: from_pretrained did not fill them, or our code added them."""
+    fresh: list[str] = []
+    loaded = any(_filled(p) for p in root.parameters())
+    for name, module in root.named_modules():
+        if not name or any(name.startswith(f + ".") for f in fresh):
+            continue
+        parameters = list(module.parameters())
+        unfilled = loaded and parameters and not any(_filled(p) for p in parameters)
+        if module.__dict__.get(NEW) or (unfilled and _within_pretrained(root, name)):
+            fresh.append(name)
+    return fresh
+
+
+def _filled(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def _within_pretrained(root: nn.Module, name: str) -> bool:
+    """Whether a module lies in a transformers model that from_pretrained filled: elsewhere nothing is guessed."""
+    parts = name.split(".")
+    owners = [root.get_submodule(".".join(parts[:i])) if i else root for i in range(len(parts))]
+    return any(hasattr(o, "base_model_prefix") and any(_filled(p) for p in o.parameters()) for o in owners)

@@ -1,0 +1,131 @@
+"""The house rules a machine can check: imports go downward, the core stays light, defaults and configs agree."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_peft
+from lightning_peft.method import registry
+
+PACKAGE = Path(lightning_peft.__file__).parent
+#: each file may import only from lines above its own
+LAYERS = [
+    ["errors"],
+    ["adapted"],
+    ["match"],
+    ["heads"],
+    ["method"],
+    ["lowrank", "trainable", "fingerprint", "files"],
+    ["methods"],
+    ["injection"],
+    ["merging", "checkpoint"],
+    ["summary"],
+    ["export"],
+    ["callbacks.hooks"],
+    ["callbacks.peft"],
+    ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
+    ["callbacks"],
+    ["reload"],
+]
+HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
+WITH_LIGHTNING = {"callbacks", "reload"}
+
+
+def level(module: str) -> int:
+    parts = module.split(".")
+    for depth in range(len(parts), 0, -1):
+        name = ".".join(parts[:depth])
+        for i, layer in enumerate(LAYERS):
+            if name in layer:
+                return i
+    raise AssertionError(f"{module} has no place in LAYERS")
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            names[name] = path
+    return names
+
+
+def imports(path: Path, everywhere: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_downward(name):
+    if name == "methods":
+        return  # the list of methods
+    for target in imports(modules()[name], everywhere=True):
+        if not target.startswith("lightning_peft."):
+            continue
+        other = target.removeprefix("lightning_peft.")
+        same_package = name.split(".")[0] == other.split(".")[0]
+        assert level(other) < level(name) or (same_package and level(other) <= level(name)), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_heavy_libraries_only_where_used(name):
+    heavy = {i.split(".")[0] for i in imports(modules()[name], everywhere=False)} & HEAVY
+    allowed = {"lightning"} if name.split(".")[0] in WITH_LIGHTNING else set()
+    assert heavy <= allowed
+
+
+def test_core_loads_neither_lightning_nor_transformers():
+    core = (
+        "inject, unload, merge, unmerge, merge_and_unload, disabled, save_adapter, load_adapter, summarize, save_merged"
+    )
+    code = (
+        "import sys, torch; from torch import nn\n"
+        f"from lightning_peft import LoRA, {core}\n"
+        "net = nn.Sequential(nn.Linear(4, 4)); inject(net, LoRA(r=1)); summarize(net); merge(net); unload(net)\n"
+        f"bad = {HEAVY} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_are_short():
+    long = {str(p): n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
+    assert not long
+
+
+def test_methods_and_configs_agree(root):
+    """Every method has a test and a config; the config holds the class's own defaults and names the source."""
+    import lightning_peft.methods  # noqa: F401
+
+    kinds = {n: k for n, k in registry().items() if k.__module__.startswith("lightning_peft.")}
+    configs = {yaml.safe_load(p.read_text())["peft"]["class_path"]: p for p in (root / "configs/method").glob("*.yaml")}
+    assert set(configs) == set(kinds)
+    for name, path in configs.items():
+        kind, fields = kinds[name], yaml.safe_load(path.read_text())["peft"].get("init_args", {})
+        for field, value in fields.items():
+            default = kind.__dataclass_fields__[field].default
+            assert default == value or name == "AdapterFusion", f"{path.name}: {field}"
+        assert path.read_text().startswith("#") and kind.paper and kind.lr_source, name
+        assert kind.lr_range[0] <= kind.default_lr <= kind.lr_range[1], name
+        assert (root / "tests/methods" / f"test_{path.stem}.py").exists(), path.stem
+        assert kind.mergeable != bool(kind.why_not_mergeable), name
+
+
+def test_public_names_exist():
+    for name in dir(lightning_peft):
+        getattr(lightning_peft, name)
+    with pytest.raises(AttributeError, match="no attribute 'LORA'"):
+        lightning_peft.LORA  # noqa: B018
