@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def load_adapter(model: nn.Module, path: Source) -> None:
         if fresh:
             inject_from(model, info, where)
         check(model, info, where)
+        check_keys(state, info, where)
         state = reroot(state, info, model)
         if info.get("save") == "full":
             known = set(adapter_names(model))
@@ -182,11 +183,24 @@ def check(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(_other_base(where, info, injection.base, reason))
 
 
+def check_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> None:
+    """Raise unless a file holds what its own section lists."""
+    if info.get("save") == "full":
+        return
+    missing, extra = set(info["keys"]) - set(state), set(state) - set(info["keys"])
+    if missing or extra:
+        raise CheckpointError(_misfit(where, missing, extra))
+
+
 def reroot(state: Mapping[str, Tensor], info: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a file's tensors from the place its network had to the place it has in ``model``."""
+    """Rename a file's tensors from the place its network had to the place it has in ``model``.
+
+    Buffers that a LightningModule kept beside its network are left out where the model has none of that name.
+    """
     _, prefix, _ = require(model)
-    old = info["network"]
-    return {(prefix + n[len(old) :] if n.startswith(old) else n): t for n, t in state.items()}
+    old, known = info["network"], dict(model.named_buffers())
+    inside = {prefix + n[len(old) :]: t for n, t in state.items() if n.startswith(old)}
+    return inside | {n: t for n, t in state.items() if not n.startswith(old) and n in known}
 
 
 def compare(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -194,11 +208,10 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     needed = required_names(model)
     tensors = model_tensors(model)
     missing = [n for n in needed if n not in state]
-    known, prefix = set(needed), require(model)[1]
-    extra = [n for n in state if n not in known and not is_statistic(model, n, prefix)]
+    known = set(needed) | set(dict(model.named_buffers()))  # statistics travel only when they moved
+    extra = [n for n in state if n not in known]
     if missing or extra:
-        parts = [f"it lacks {_some(missing)}" if missing else "", f"it has in excess {_some(extra)}" if extra else ""]
-        raise CheckpointError(f"{where} does not fit the adapters in the model: {'; '.join(p for p in parts if p)}.")
+        raise CheckpointError(_misfit(where, missing, extra))
     wrong = [
         f"{n} {tuple(t.shape)} (here {tuple(tensors[n].shape)})"
         for n, t in state.items()
@@ -225,11 +238,6 @@ def assign(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
         for name, value in state.items():
             if name in tensors:
                 tensors[name].copy_(value)
-
-
-def is_statistic(model: nn.Module, name: str, prefix: str) -> bool:
-    """Whether a name is a buffer: those travel only when they moved."""
-    return name in dict(model.named_buffers()) or (bool(prefix) and not name.startswith(prefix))
 
 
 def _check_methods(injection: Injection, theirs: list[Method], info: Mapping[str, Any], where: str) -> None:
@@ -259,6 +267,11 @@ def _check_methods(injection: Injection, theirs: list[Method], info: Mapping[str
             )
 
 
+def _misfit(where: str, missing: Collection[str], extra: Collection[str]) -> str:
+    parts = [f"it lacks {_some(missing)}" if missing else "", f"it has in excess {_some(extra)}" if extra else ""]
+    return f"{where} does not fit the adapters in the model: {'; '.join(p for p in parts if p)}."
+
+
 def _names(methods: list[Method]) -> str:
     return " + ".join(type(m).__name__ for m in methods)
 
@@ -275,6 +288,6 @@ def _other_base(where: str, info: Mapping[str, Any], ours: Mapping[str, Any], re
     )
 
 
-def _some(names: list[str], count: int = 4) -> str:
+def _some(names: Collection[str], count: int = 4) -> str:
     names = sorted(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

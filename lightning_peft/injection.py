@@ -202,6 +202,11 @@ def raise_untrained(root: nn.Module) -> None:
     injection = root.__dict__[MARK]
     remove(injection, root)
     names = " + ".join(type(m).__name__ for m in injection.methods)
+    if not injection.flags:
+        raise ConfigError(
+            f"{names}: {type(root).__name__} has no parameters yet. Build the network in `__init__` or"
+            " `configure_model`, not in `setup` (callbacks are set up before the module)."
+        )
     raise ConfigError(
         f"{names} leaves nothing to train in {type(root).__name__}: all its parameters were frozen before."
     )

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_peft.checkpoint import (
     adapter_names,
     check,
+    check_keys,
     check_version,
     compare,
     required_names,
@@ -102,6 +103,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     state, info = split(checkpoint, "The checkpoint")
     check_version(info, "The checkpoint")
     check(module, info, "The checkpoint")
+    check_keys(state, info, "The checkpoint")
     checkpoint["state_dict"] = state = reroot(state, info, module)
     names = set(adapter_names(module)) | set(required_names(module))
     full = info.get("save") == "full"

@@ -65,13 +65,13 @@ class PEFT(L.Callback):
         _check_trainer(trainer)
         self._check_order(trainer, pl_module, stage)
         if is_overridden("configure_model", pl_module):
-            pl_module.__dict__["_peft_pending"] = self
+            pl_module.__dict__["_peft_pending"] = (self, str(stage))
             pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
         else:
-            self.ensure(pl_module)
+            self.ensure(pl_module, stage)
 
-    def ensure(self, pl_module: L.LightningModule) -> None:
-        """Inject unless that was done; then make the module's checkpoints small."""
+    def ensure(self, pl_module: L.LightningModule, stage: str) -> None:
+        """Inject unless that was done, make the module's checkpoints small; training goes on from unmerged weights."""
         fresh = find(pl_module) is None
         if self.methods is not None:
             inject(pl_module, self.methods)
@@ -85,11 +85,12 @@ class PEFT(L.Callback):
         if fresh and self.init_from is not None:
             load_adapter(pl_module, self.init_from)
         install(pl_module, self.save)
+        if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
+            injection, _, root = require(pl_module)
+            switch(injection, root, merged=False)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what trains, and make sure that it does; training continues from unmerged weights."""
-        injection, _, root = require(pl_module)
-        switch(injection, root, merged=False)
+        """Say what trains, and make sure that it does."""
         _check_nothing_new(pl_module)
         _check_optimizers(trainer, pl_module)
         rank_zero_info(describe(pl_module))
@@ -155,10 +156,10 @@ class PEFT(L.Callback):
 
 def _configure_and_inject(self: L.LightningModule) -> None:
     """Stands in for ``configure_model`` until it has run once (no ``__wrapped__``: Lightning would look through it)."""
-    callback = self.__dict__["_peft_pending"]
+    callback, stage = self.__dict__["_peft_pending"]
     _drop_pending(self)
     self.configure_model()
-    callback.ensure(self)
+    callback.ensure(self, stage)
 
 
 def _drop_pending(pl_module: L.LightningModule) -> None:
