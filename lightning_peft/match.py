@@ -131,6 +131,9 @@ def select(
         NoMatchError: nothing is left; the message shows what could have been meant.
     """
     wanted, banned = as_patterns(patterns), [matcher(p) for p in as_patterns(exclude)]
+    for pattern, ban in zip(as_patterns(exclude), banned, strict=True):
+        if modules and not any(ban(prefix + name) or ban(name) for name in modules):
+            raise NoMatchError(f"{method}: exclude_modules={pattern!r} matches no module, so it would do nothing.")
     tests = [_word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix) for p in wanted]
     chosen: dict[str, nn.Module] = {}
     hit: dict[str, nn.Module] = {}

@@ -115,7 +115,7 @@ def _sums(parameter: Tensor) -> list[float]:
 
 
 def _message(bad: dict[str, set[str]], watched: int) -> str:
-    order = ("a gradient", "a finite gradient", "a non-zero gradient", "movement")
+    order = ("a finite gradient", "a gradient", "a non-zero gradient", "movement")
     rows = [f"{name} (no {next(o for o in order if o in lacks).removeprefix('a ')})" for name, lacks in bad.items()]
     more = f" and {len(rows) - 6} more" if len(rows) > 6 else ""
     return (

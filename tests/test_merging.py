@@ -1,0 +1,61 @@
+"""Merging where weights are tied, and whole models out."""
+
+import pytest
+import torch
+import transformers
+
+from lightning_peft import LoRA, MergeError, inject, merge, merge_and_unload, save_merged, unmerge
+from tests.contract.battery import shake
+from tests.models import bert, logits
+
+
+def tied(seed=0):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, vocab_size=61,
+        pad_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_tied_target_is_untied_while_merged(target, tmp_path):
+    """The other side of the tie keeps its value; unmerging ties again; the folder reloads with two tensors."""
+    model = tied()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    inject(model, LoRA(r=2, target_modules=target))
+    shake(model)
+    expected = logits(model, "llama")
+    merge(model)
+    torch.testing.assert_close(logits(model, "llama"), expected, atol=1e-5, rtol=1e-5)
+    unmerge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    save_merged(model, tmp_path / "m")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(logits(reloaded, "llama"), expected, atol=1e-5, rtol=1e-5)
+    assert model.config.tie_word_embeddings and not reloaded.config.tie_word_embeddings
+
+
+def test_a_tie_beside_the_targets_stays(tmp_path):
+    model = tied()
+    inject(model, LoRA(r=2))
+    shake(model)
+    expected = logits(model, "llama")
+    save_merged(model, tmp_path / "m")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(logits(reloaded, "llama"), expected, atol=1e-5, rtol=1e-5)
+    assert reloaded.config.tie_word_embeddings
+    merge_and_unload(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_diverged_adapter_is_not_merged():
+    model = bert()
+    inject(model, LoRA(r=2))
+    layers = [m for m in model.modules() if hasattr(m, "delta")]
+    layers[-1].delta.lora_B.data.fill_(float("nan"))
+    with pytest.raises(MergeError, match="NaN or infinity"):
+        merge(model)
+    assert not any(m.originals for m in layers) and all(m.active for m in layers)
+    with pytest.raises(MergeError, match="not merged"):
+        unmerge(model)
