@@ -27,7 +27,7 @@ LAYERS = [
     ["merging", "checkpoint"],
     ["summary"],
     ["export"],
-    ["callbacks.hooks"],
+    ["callbacks.hooks", "callbacks.best"],
     ["callbacks.peft"],
     ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
     ["callbacks"],

@@ -9,9 +9,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.loggers import WandbLogger
 
-from lightning_peft.callbacks.merge import best_path
-from lightning_peft.checkpoint import adapter_state_dict, section
-from lightning_peft.files import read, write_adapter
+from lightning_peft.callbacks.best import best_adapter
+from lightning_peft.files import write_adapter
 from lightning_peft.summary import summarize
 
 
@@ -52,13 +51,11 @@ def record(pl_module: L.LightningModule) -> dict[str, Any]:
 def _log_artifact(logger: WandbLogger, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     import wandb
 
-    path = best_path(trainer)
-    state, info = read(path) if path else (adapter_state_dict(pl_module), section(pl_module))
-    info.pop("resume", None)
+    state, info, monitored = best_adapter(trainer, pl_module)
     run = logger.experiment
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "adapter.safetensors")
         write_adapter(file, state, info)
         artifact = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=record(pl_module))
         artifact.add_file(str(file))
-        run.log_artifact(artifact, aliases=["latest", "best" if path else "last"])
+        run.log_artifact(artifact, aliases=["latest", "best" if monitored else "last"])

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_peft.callbacks.best import best_path
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
@@ -85,15 +85,6 @@ class MergeOnFitEnd(L.Callback):
         if self.dirpath:
             raise MergeError(f"{reason} Remove dirpath from MergeOnFitEnd; the adapter file serves beside the base.")
         rank_zero_warn(f"{reason} Training goes on; the {self.which} weights are left in the model, unmerged.")
-
-
-def best_path(trainer: L.Trainer) -> str | None:
-    """The best checkpoint of the first `ModelCheckpoint` that monitors a metric, if it exists."""
-    for callback in trainer.checkpoint_callbacks:
-        monitors = isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path
-        if monitors and Path(callback.best_model_path).exists():
-            return callback.best_model_path
-    return None
 
 
 def _methods(trainer: L.Trainer, pl_module: L.LightningModule) -> list[Method] | None:

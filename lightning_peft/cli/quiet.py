@@ -1,0 +1,46 @@
+"""A quiet start: what the libraries say to developers is no news for someone who runs a config."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*does not have many workers.*",
+    r".*LightningCLI's args parameter.*",
+    r".*in eval mode at the start of training.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*The number of training batches .* is smaller than the logging interval.*",
+    r".*has generated an older.*",
+)
+_TIPS = ("💡 Tip", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Seed set to")
+
+
+def calm() -> None:
+    """Set environment, warning filters and log filters for a command-line run."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "WANDB_MODE" not in os.environ and not _wandb_key():
+        os.environ["WANDB_MODE"] = "offline"
+    for pattern in _WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_not_a_tip)
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_not_a_tip)
+
+
+def _not_a_tip(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_TIPS)
+
+
+def _wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = os.path.expanduser(os.environ.get("NETRC", "~/.netrc"))
+    if not os.path.isfile(netrc):
+        return False
+    with open(netrc) as file:
+        return "wandb" in file.read()

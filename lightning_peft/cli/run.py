@@ -1,0 +1,160 @@
+"""fit, validate, test and predict: LightningCLI with ``--peft``, and a last screen that says what to do next."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+
+import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
+from lightning_peft.callbacks import PEFT
+from lightning_peft.cli.messages import explain
+from lightning_peft.cli.screen import finish
+from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
+from lightning_peft.errors import PEFTError
+from lightning_peft.method import Method, registry
+from lightning_peft.module import TaskModule
+
+SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+_DATA = (TextDataModule, ImageDataModule, AudioDataModule)
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise a short `PEFTError` instead of printing usage and twenty lines."""
+        classes = {"peft": list(registry()), "model": ["TaskModule"], "data": [d.__name__ for d in _DATA]}
+        classes["callbacks"] = sorted(k.__name__ for k in _subclasses(L.Callback) if not k.__name__.startswith("_"))
+        options = [f.name for kind in registry().values() for f in fields(kind)]  # type: ignore[arg-type]
+        for kind in (TaskModule, *_DATA, L.Trainer):
+            options += list(inspect.signature(kind.__init__).parameters)
+        raise PEFTError(explain(message, classes, options)) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the config into the run's folder and into the loggers."""
+
+    def __init__(self, parser: Any, config: Any, **options: Any) -> None:
+        super().__init__(parser, config, **{**options, "save_to_log_dir": False})
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Only a fit is worth repeating from its config."""
+        if stage != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, Logger):
+                logger.log_hyperparams({"cli": _plain(self.config)})
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI with the top-level option ``--peft``; explicit flags win over a checkpoint's hyper-parameters."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of ours, the same for every command so that one config serves them all."""
+        parser.add_argument(
+            "--peft", type=Method | list[Method] | None, default=None, help="Method(s), for example LoRA."
+        )
+        parser.add_argument("--test_after_fit", type=bool, default=False, help="Measure the best weights after fit.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the parsed config as it is: it is complete, and it is what the user asked for."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Put the method first among the callbacks: those that copy the module must come after it."""
+        method = self._get(self.config_init, "peft")
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        own = next((c for c in callbacks if isinstance(c, PEFT)), None)
+        if method is not None and own is not None:
+            raise PEFTError("Both --peft and a PEFT callback in trainer.callbacks are given; keep one.")
+        if own is None:
+            callbacks = [PEFT(method), *callbacks]
+        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self.started = time.monotonic()
+
+    def after_fit(self) -> None:
+        """Measure, write the adapter file, and say where everything is."""
+        if self.trainer.fast_dev_run or self.trainer.interrupted:
+            return
+        self.show_result(time.monotonic() - self.started)
+
+    def show_result(self, seconds: float) -> None:
+        """The end of a fit."""
+        metrics: dict[str, float] = {}
+        if self._get(self.config_init, "test_after_fit"):
+            results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            metrics = {k: v for row in results for k, v in row.items()}
+        finish(self.trainer, self.model, metrics, seconds)
+
+
+def run(words: list[str]) -> PEFTCLI:
+    """Parse and run one of Lightning's commands."""
+    sys.argv = ["lightning-peft", *words]  # Lightning and the loggers show the command from here
+    return PEFTCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=42,
+        parser_class=Parser,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        args=expand(words),
+    )
+
+
+def expand(words: list[str]) -> list[str]:
+    """Find shipped configs from any folder, and the config that fit saved beside a checkpoint."""
+    found = list(words)
+    for i, word in enumerate(found):
+        name, separator, value = word.partition("=")
+        if name in ("-c", "--config") and (separator or i + 1 < len(found)):
+            place = _config(value if separator else found[i + 1])
+            found[i if separator else i + 1] = f"{name}={place}" if separator else place
+    if words[0] in ("validate", "test", "predict") and not any(w.split("=")[0] in ("-c", "--config") for w in words):
+        beside = _beside(words)
+        found[1:1] = ["--config", str(beside)] if beside else []
+    return found
+
+
+def _config(value: str) -> str:
+    if Path(value).exists():
+        return value
+    short = value.removeprefix("configs/")
+    return next((str(folder / short) for folder in SHIPPED if (folder / short).is_file()), value)
+
+
+def _beside(words: list[str]) -> Path | None:
+    joined = [w.split("=", 1)[1] for w in words if w.startswith("--ckpt_path=")]
+    apart = [b for a, b in pairwise(words) if a == "--ckpt_path"]
+    for path in (Path(p) for p in joined + apart):
+        for folder in (path.parent, path.parent.parent):
+            if (folder / "config.yaml").is_file():
+                return folder / "config.yaml"
+    return None
+
+
+def _subclasses(kind: type) -> set[type]:
+    direct = set(kind.__subclasses__())
+    return direct | {s for k in direct for s in _subclasses(k)}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return config.as_dict() if hasattr(config, "as_dict") else dict(config)

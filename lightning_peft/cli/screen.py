@@ -1,0 +1,85 @@
+"""The last screen of a fit: the result, where everything is, what to do next."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as L
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+
+from lightning_peft.callbacks import MergeOnFitEnd
+from lightning_peft.callbacks.best import best_adapter, best_path
+from lightning_peft.files import write_adapter
+from lightning_peft.summary import size, summarize
+
+
+def finish(trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, float], seconds: float) -> None:
+    """Write the adapter file beside the checkpoints and print the screen (rank zero)."""
+    if not trainer.is_global_zero:
+        return
+    folder = Path(trainer.default_root_dir)
+    state, info, _ = best_adapter(trainer, model)
+    adapter = folder / "adapter.safetensors"
+    write_adapter(adapter, state, info)
+    summary = summarize(model)
+    names = " + ".join(m["name"] for m in summary["methods"])
+    minutes, rest = divmod(int(seconds), 60)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"\n[bold]{names}[/]: {summary['trainable']:,} of {summary['total']:,} parameters trained"
+        f" ({summary['percent']:.2f} %), {trainer.global_step} steps in {minutes} min {rest:02d} s"
+    )
+    for name, value in sorted(metrics.items()):
+        console.print(f"  {name:<14} [bold]{value:.4f}[/]")
+    places = _places(trainer, adapter, folder)
+    for label, text in places:
+        console.print(f"  {label:<14} {text}")
+    console.print("[bold]Next[/]")
+    for label, text in _next(trainer, places, adapter):
+        console.print(f"  {label:<14} {text}")
+
+
+def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, str]]:
+    rows = [("adapter", _file(adapter))]
+    checkpoint = best_path(trainer)
+    if checkpoint:
+        rows.append(("checkpoint", _file(Path(checkpoint))))
+    merged = next((c.dirpath for c in trainer.callbacks if isinstance(c, MergeOnFitEnd) and c.dirpath), None)
+    if merged and Path(merged).is_dir():
+        total = sum(f.stat().st_size for f in Path(merged).iterdir() if f.is_file())
+        rows.append(("merged model", f"{_near(Path(merged))} ({size(total)})"))
+    if (folder / "config.yaml").exists():
+        rows.append(("config", _near(folder / "config.yaml")))
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            offline = run.settings.mode == "offline" or run.offline
+            place = _near(Path(run.dir).parent)
+            rows.append(("W&B", f"{place} (offline; upload: wandb sync {place})" if offline else str(run.url)))
+    return rows
+
+
+def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> list[tuple[str, str]]:
+    checkpoint = best_path(trainer)
+    rows = []
+    if checkpoint:
+        path = _near(Path(checkpoint))
+        rows.append(("measure", f"lightning-peft test --ckpt_path {path}"))
+        rows.append(("predict", f"lightning-peft predict --ckpt_path {path}"))
+    rows.append(("swap in", f'lightning_peft.load_adapter(model, "{_near(adapter)}")'))
+    merged = next((text.split(" (")[0] for label, text in places if label == "merged model"), None)
+    if merged:
+        rows.append(("plain", f'transformers.AutoModel….from_pretrained("{merged}")'))
+    return rows
+
+
+def _file(path: Path) -> str:
+    return f"{_near(path)} ({size(path.stat().st_size)})"
+
+
+def _near(path: Path) -> str:
+    """The shorter of the relative and the full path."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path.resolve())
