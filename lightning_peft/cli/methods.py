@@ -16,19 +16,18 @@ def show() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", row_styles=("", "dim"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("method", "learning rate", "merges", "parameters (defaults)", "paper"):
         table.add_column(title, no_wrap=title in ("method", "learning rate"), overflow="fold")
     for name, kind in registry().items():
         low, high = kind.lr_range
-        rate = f"{kind.default_lr:g} ({low:g} to {high:g})"
-        table.add_row(name, rate, "yes" if kind.mergeable else "no", _fields(kind), kind.paper)
-    console = Console()
+        rate = f"{_rate(kind.default_lr)} ({_rate(low)}…{_rate(high)})"
+        table.add_row(name, rate, "yes" if kind.mergeable else "no", _fields(kind), _citation(kind.paper))
+    console = Console(highlight=False)
     console.print(table)
-    console.print(f"\nShared where they apply: {', '.join(_SHARED)}.", highlight=False)
-    console.print(
-        "Details: lightning-peft fit --peft.help METHOD. Use: --peft METHOD --peft.FIELD VALUE", highlight=False
-    )
+    console.print(f"\nShared where they apply: {', '.join(_SHARED)}.")
+    console.print("Use: lightning-peft fit --config … --peft METHOD --peft.FIELD VALUE")
+    console.print("Details: lightning-peft fit --peft.help METHOD")
 
 
 def _fields(kind: type[Method]) -> str:
@@ -40,3 +39,14 @@ def _default(field: dataclasses.Field) -> str:
     if field.default is not dataclasses.MISSING:
         return f"{field.default}"
     return "required" if field.default_factory is dataclasses.MISSING else f"{field.default_factory()}"
+
+
+def _rate(value: float) -> str:
+    """0.0002 as 2e-4."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _citation(paper: str) -> str:
+    """Authors, year and number; the titles are in the classes' documentation."""
+    return ", ".join(paper.split(", ")[-2:])
