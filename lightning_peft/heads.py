@@ -14,7 +14,11 @@ NEW = "_lightning_peft_new"
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Names of the modules that transformers puts around its base model: the output head, nothing for other models."""
+    """Names of the modules that count as output head: what transformers puts around its base model.
+
+    A bare base model ends in a pooler that many users never call (they read the hidden states); it counts as head there.
+    Other models have no head that one could know.
+    """
     transformers = sys.modules.get("transformers")
     known = getattr(transformers, "PreTrainedModel", None) if transformers else None
     heads: set[str] = set()
@@ -26,9 +30,11 @@ def head_names(model: nn.Module) -> set[str]:
         except NotImplementedError:  # vision and speech models without a table of outputs
             output = None
         base = module.base_model
+        pooler = getattr(module, "pooler", None) if base is module else None
+        unused = {id(m) for m in pooler.modules()} if isinstance(pooler, nn.Module) else set()
         inside = {id(m) for m in base.modules()}
         for child, part in module.named_modules(prefix=name):
-            if part is output or (base is not module and id(part) not in inside):
+            if part is output or id(part) in unused or (base is not module and id(part) not in inside):
                 heads.add(child)
     return heads - {""}
 

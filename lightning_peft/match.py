@@ -141,13 +141,20 @@ def select(
         if not any(test(name, module) for test in tests):
             continue
         hit[name] = module
-        if any(ban(prefix + name) or ban(name) for ban in banned) or not kinds(module):
+        if _excluded(name, prefix, banned) or not kinds(module):
             continue
         if layers is None or layer_index(name) in layers:
             chosen[name] = module
     if not chosen:
         raise NoMatchError(_explain(method, wanted, exclude, layers, modules, hit, kinds))
     return chosen
+
+
+def _excluded(name: str, prefix: str, banned: Sequence[Callable[[str], bool]]) -> bool:
+    """Whether a module or one that contains it is banned."""
+    parts = name.split(".")
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))] if banned else []
+    return any(ban(prefix + path) or ban(path) for path in paths for ban in banned)
 
 
 def _named(test: Callable[[str], bool], prefix: str) -> Callable[[str, nn.Module], bool]:

@@ -98,7 +98,7 @@ def state_names(model: nn.Module) -> list[str]:
     and the buffers a LightningModule keeps beside its network.
     """
     injection, prefix, root = require(model)
-    tensors = dict(root.state_dict(keep_vars=True))
+    tensors = dict(root.named_parameters()) | persistent_buffers(root)  # state_dict() would ask for these names again
     names = {n for m in injection.methods for n in m.state_names(root)}
     names |= {n for n in injection.buffers if any(n.startswith(s + ".") for s in injection.saved)}
     names |= {n for n, old in injection.buffers.items() if n in tensors and moved(old, tensors[n])}

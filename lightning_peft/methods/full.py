@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.method import Method
+from lightning_peft.trainable import persistent_buffers
 
 
 @dataclass(frozen=True)
@@ -37,4 +38,5 @@ class FullFineTuning(Method):
 
     def state_names(self, model: nn.Module) -> list[str]:
         """All that is not trained, so that the file is the complete model."""
-        return [n for n, t in model.state_dict(keep_vars=True).items() if not t.requires_grad]
+        frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+        return frozen + list(persistent_buffers(model))

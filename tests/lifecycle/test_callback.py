@@ -100,6 +100,35 @@ def test_moved_statistics_travel(tmp_path):
     assert torch.equal(net.eval()(x), fresh.eval()(x))
 
 
+@pytest.mark.parametrize("method", [LoRA(r=2, modules_to_save="head"), FullFineTuning()], ids=["lora", "full"])
+def test_a_module_of_several_parts(tmp_path, method):
+    """Backbone and head side by side: the LightningModule itself is the network; its own parameters are frozen, too."""
+
+    class Parts(Plain):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+            self.register_buffer("seen", torch.zeros(1))
+
+        def training_step(self, batch, index):
+            self.seen += 1
+            return nn.functional.cross_entropy(self.head(self.net(batch[0])) * self.scale, batch[1])
+
+        def validation_step(self, batch, index):
+            self.log("val_loss", nn.functional.cross_entropy(self.head(self.net(batch[0])) * self.scale, batch[1]))
+
+    module, saver = Parts(), ModelCheckpoint(tmp_path / "c", monitor="val_loss")
+    run = trainer(tmp_path, PEFT(method), MergeOnFitEnd("last"), saver)
+    run.fit(module, plain_loader(), plain_loader())
+    content = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    assert set(content) == set(adapter_state_dict(module)) and {"head.weight", "seen"} <= set(content)
+    assert ("scale" in content) == method.complete
+    loss = run.validate(module, plain_loader(), ckpt_path="best", verbose=False)[0]["val_loss"]
+    again = load_from_checkpoint(Parts, saver.best_model_path)
+    assert trainer(tmp_path).validate(again, plain_loader(), verbose=False)[0]["val_loss"] == pytest.approx(loss)
+
+
 class Late(L.LightningModule):
     """Builds its network in ``configure_model``, as sharding strategies ask for."""
 
