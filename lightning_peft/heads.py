@@ -16,12 +16,13 @@ NEW = "_lightning_peft_new"
 def head_names(model: nn.Module) -> set[str]:
     """Names of the modules that count as output head: what transformers puts around its base model.
 
-    A bare base model ends in a pooler that many users never call (they read the hidden states); it counts as head there.
+    A bare base model ends in a pooler that many users never call (they read the hidden states): a head as well.
     Other models have no head that one could know.
     """
     transformers = sys.modules.get("transformers")
     known = getattr(transformers, "PreTrainedModel", None) if transformers else None
     heads: set[str] = set()
+    outer: list[str] = []
     for name, module in model.named_modules():
         if known is None or not isinstance(module, known):
             continue
@@ -30,7 +31,9 @@ def head_names(model: nn.Module) -> set[str]:
         except NotImplementedError:  # vision and speech models without a table of outputs
             output = None
         base = module.base_model
-        pooler = getattr(module, "pooler", None) if base is module else None
+        bare = base is module and not any(name.startswith(o) for o in outer)
+        outer.append(name + "." if name else "")
+        pooler = getattr(module, "pooler", None) if bare else None
         unused = {id(m) for m in pooler.modules()} if isinstance(pooler, nn.Module) else set()
         inside = {id(m) for m in base.modules()}
         for child, part in module.named_modules(prefix=name):
