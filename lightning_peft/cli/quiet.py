@@ -13,9 +13,17 @@ _WARNINGS = (
     r".*in eval mode at the start of training.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
-    r".*has generated an older.*",
+    r".*You have overridden `on_before_batch_transfer`.*",
 )
-_TIPS = ("💡 Tip", "GPU available", "TPU available", "HPU available", "`Trainer.fit` stopped", "Seed set to")
+_TIPS = (
+    "💡 Tip",
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "`Trainer.fit` stopped",
+    "Seed set to",
+    "Loading `train_dataloader`",
+)
 
 
 def calm() -> None:
@@ -24,6 +32,7 @@ def calm() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "WANDB_MODE" not in os.environ and not _wandb_key():
         os.environ["WANDB_MODE"] = "offline"
+        os.environ.setdefault("WANDB_SILENT", "true")  # the last screen says where the run is and how to upload it
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

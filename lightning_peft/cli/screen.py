@@ -56,8 +56,7 @@ def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, 
         if isinstance(logger, WandbLogger):
             run = logger.experiment
             offline = run.settings.mode == "offline" or run.offline
-            place = _near(Path(run.dir).parent)
-            rows.append(("W&B", f"{place} (offline; upload: wandb sync {place})" if offline else str(run.url)))
+            rows.append(("W&B", f"{_near(Path(run.dir).parent)} (offline)" if offline else str(run.url)))
     return rows
 
 
@@ -70,6 +69,9 @@ def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> l
         rows.append(("predict", f"lightning-peft predict --ckpt_path {path}"))
     rows.append(("swap in", f'lightning_peft.load_adapter(model, "{_near(adapter)}")'))
     merged = next((text.split(" (")[0] for label, text in places if label == "merged model"), None)
+    offline = next((text for label, text in places if label == "W&B" and text.endswith(" (offline)")), None)
+    if offline:
+        rows.append(("upload", f"wandb sync {offline.removesuffix(' (offline)')}"))
     if merged:
         rows.append(("plain", f'transformers.AutoModel….from_pretrained("{merged}")'))
     return rows
