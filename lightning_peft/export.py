@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_model
 from torch import nn
@@ -15,10 +16,15 @@ from lightning_peft.merging import merge_and_unload
 from lightning_peft.trainable import MARK, require
 
 
-def save_merged(model: nn.Module, directory: str | os.PathLike) -> None:
+def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
     """Write the merged network: a ``from_pretrained`` folder for a transformers model, else ``model.safetensors``.
 
     The model itself stays as it is. Everything is written to a temporary folder first, then moved into place.
+
+    Args:
+        model: an adapted LightningModule or network.
+        directory: folder, made if it does not exist; files of an earlier export are replaced.
+        tokenizer: tokenizer or processor to write beside a transformers model.
 
     Raises:
         MergeError: the method does not merge.
@@ -38,6 +44,8 @@ def save_merged(model: nn.Module, directory: str | os.PathLike) -> None:
     try:
         if hasattr(merged, "save_pretrained"):
             merged.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
         else:
             save_model(merged, str(temporary / "model.safetensors"))
         target.mkdir(exist_ok=True)

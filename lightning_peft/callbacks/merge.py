@@ -64,7 +64,8 @@ class MergeOnFitEnd(L.Callback):
             return
         merge(pl_module)
         if self.dirpath and trainer.is_global_zero and not trainer.fast_dev_run:
-            save_merged(pl_module, self.dirpath)
+            data = getattr(trainer, "datamodule", None)
+            save_merged(pl_module, self.dirpath, getattr(data, "tokenizer", None))
             rank_zero_info(f"Merged model written to {Path(self.dirpath).resolve()}.")
 
     def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -39,13 +39,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> int:
-    from lightning_peft.cli.quiet import calm
+    from lightning_peft.cli import quiet
 
-    calm()
+    quiet.environment()
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from lightning_peft.cli.run import run
 
+    quiet.logs()
     try:
         run(words)
     except (PEFTError, MisconfigurationException) as error:

@@ -26,8 +26,8 @@ _TIPS = (
 )
 
 
-def calm() -> None:
-    """Set environment, warning filters and log filters for a command-line run."""
+def environment() -> None:
+    """Set variables and warning filters: before the libraries are imported."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "WANDB_MODE" not in os.environ and not _wandb_key():
@@ -35,8 +35,11 @@ def calm() -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # the last screen says where the run is and how to upload it
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_not_a_tip)
+
+
+def logs() -> None:
+    """Filter the handlers that Lightning made when it was imported."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_not_a_tip)
 
