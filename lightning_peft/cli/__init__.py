@@ -42,14 +42,28 @@ def _train(words: list[str]) -> int:
     from lightning_peft.cli import quiet
 
     quiet.environment()
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
     from lightning_peft.cli.run import run
 
     quiet.logs()
     try:
         run(words)
-    except (PEFTError, MisconfigurationException) as error:
-        print(f"lightning-peft: error: {error}", file=sys.stderr)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        print(f"lightning-peft: error: {known}", file=sys.stderr)
         return 2
     return 0
+
+
+def _known(error: BaseException | None) -> str | None:
+    """The message of the first error in the chain that was meant for the user."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    while error is not None:
+        if isinstance(error, (PEFTError, MisconfigurationException)):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None

@@ -31,10 +31,26 @@ def explain(message: str, classes: dict[str, list[str]], options: Iterable[str])
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
     if missing:
         return f"{key + ': ' if key else ''}the file {missing[1]} does not exist."
-    value = re.search(r"Expected an? (?:<class '([^']+)'>|(.+?))\. Got value: (.+)", message)
+    value = re.search(r"Expected an? (.+?)\. Got value: (.+)", message)
     if value:
-        return f"{key}: expected {value[1] or value[2]}, got {value[3].strip()!r}."
+        return f"{key}: expected {_type(value[1])}, got {value[2].strip()!r}."
+    union = re.search(r"Subtypes: \[(.+)\].*Given value: (.+)", message, re.DOTALL)
+    if union:
+        return f"{key}: expected {_type(union[1])}, got {union[2].strip()!r}."
     return _shortest(message)
+
+
+def _type(text: str) -> str:
+    """A type as a person writes it.
+
+    >>> _type("<class 'float'>, <class 'NoneType'>"), _type("typing.Literal['a', 'b']")
+    ('float or nothing', 'one of a, b')
+    """
+    choices = re.search(r"Literal\[(.+)\]", text)
+    if choices:
+        return "one of " + choices[1].replace("'", "")
+    names = re.sub(r"<class '([^']+)'>", r"\1", text).replace("NoneType", "nothing")
+    return " or ".join(part.strip().rsplit(".", 1)[-1] for part in names.split(", "))
 
 
 def _unknown_class(key: str, name: str, classes: dict[str, list[str]]) -> str:

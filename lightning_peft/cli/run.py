@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,24 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one sentence."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise a short `PEFTError` instead of printing usage and twenty lines."""
-        classes = {"peft": list(registry()), "model": ["TaskModule"], "data": [d.__name__ for d in _DATA]}
-        classes["callbacks"] = sorted(k.__name__ for k in _subclasses(L.Callback) if not k.__name__.startswith("_"))
-        options = [f.name for kind in registry().values() for f in fields(kind)]  # type: ignore[arg-type]
-        for kind in (TaskModule, *_DATA, L.Trainer):
-            options += list(inspect.signature(kind.__init__).parameters)
-        raise PEFTError(explain(message, classes, options)) from ex
+        """Print one sentence and stop with status 2, in place of the usage and twenty lines."""
+        text = explain(message, _classes(), _options(sys.argv[1:]))
+        print(f"lightning-peft: error: {text}", file=sys.stderr)
+        raise SystemExit(2)  # no ordinary exception: jsonargparse would catch it and try something else
+
+
+def _classes() -> dict[str, list[str]]:
+    callbacks = sorted(k.__name__ for k in _subclasses(L.Callback) if not k.__name__.startswith(("_", "SaveConfig")))
+    data = [d.__name__ for d in _DATA]
+    return {"peft": list(registry()), "model": ["TaskModule"], "data": data, "callbacks": callbacks}
+
+
+def _options(words: list[str]) -> list[str]:
+    """The options that could have been meant: those of the method named on the command line, or of all our classes."""
+    name = next((b for a, b in pairwise(words) if a == "--peft"), None)
+    method = registry().get(str(name))
+    kinds = [method] if method else [*registry().values(), TaskModule, *_DATA, L.Trainer]
+    return [p for kind in kinds for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args")]
 
 
 class SaveConfig(SaveConfigCallback):
