@@ -19,7 +19,8 @@ _HOME = {
     ),
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
-    "lightning_peft.injection": ("inject", "unload", "disabled"),
+    "lightning_peft.injection": ("inject", "unload"),
+    "lightning_peft.switching": ("disabled",),
     "lightning_peft.trainable": ("trainable_names", "state_names"),
     "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
     "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
@@ -43,12 +44,13 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from lightning_peft.export import save_merged
-    from lightning_peft.injection import disabled, inject, unload
+    from lightning_peft.injection import inject, unload
     from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method
     from lightning_peft.methods import *  # noqa: F403
     from lightning_peft.reload import load_from_checkpoint
     from lightning_peft.summary import describe, summarize
+    from lightning_peft.switching import disabled
     from lightning_peft.trainable import state_names, trainable_names
 
 

@@ -27,9 +27,6 @@ class Delta(nn.Module):
 
         return super()._apply(keep, recurse)
 
-    def reset_parameters(self) -> None:
-        """Draw the initial values again (used when tensors were built on ``meta``)."""
-
 
 class Adapted(nn.Module):
     """A module with an adapter: ``base`` is the untouched original, ``delta`` holds what trains.
@@ -64,6 +61,11 @@ class Adapted(nn.Module):
         with torch.no_grad():
             tensors = self.merged()
         for name, tensor in tensors.items():
+            if name not in dict(self.base.named_parameters()):
+                raise MergeError(
+                    f"{type(self.base).__name__}.{name} is computed at each call (weight_norm, spectral_norm or another"
+                    " parametrization), so nothing can be merged into it. Remove the parametrization before injection."
+                )
             if not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
         for name, tensor in tensors.items():

@@ -68,7 +68,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{place} does not exist." + (f" There is: {', '.join(near)}." if near else ""))
     if place.is_dir():
         raise CheckpointError(f"{place} is a folder; give the file in it (adapter.safetensors or a .ckpt).")
-    return _read_safetensors(place) if place.suffix == ".safetensors" else _read_checkpoint(place)
+    return split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -85,17 +85,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from None
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path) -> Any:
+    """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
-    return split(content, str(path))
 
 
 def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and section of a loaded Lightning checkpoint."""
-    if not isinstance(content, Mapping) or SECTION not in content or "state_dict" not in content:
+    known = isinstance(content, Mapping) and isinstance(content.get(SECTION), Mapping)
+    if not known or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(
             f"{where} is a plain checkpoint without a {SECTION!r} section: it was written without the PEFT callback, or"
             " before adapters were injected. Load it into the model before injection; it cannot be resumed with PEFT."
@@ -109,6 +110,13 @@ def _why(error: Exception) -> str:
     if unsafe:
         return f"it holds an object of {unsafe[1]}, which is not loaded because a pickle can run code."
     return f"it is truncated or no checkpoint ({type(error).__name__}: {text.splitlines()[0][:120] if text else ''})."
+
+
+def _is_torch(path: Path) -> bool:
+    """By content where it tells, by name where the file is too broken to tell."""
+    with path.open("rb") as file:
+        start = file.read(10)
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or (len(start) < 10 and path.suffix != ".safetensors")
 
 
 def _is_zip(path: Path) -> bool:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from lightning_peft.adapted import Adapted
-from lightning_peft.errors import ConfigError, NoMatchError, PEFTError
+from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method
+from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
 from lightning_peft.trainable import (
     MARK,
     Injection,
-    adapted_modules,
     find,
     network,
     persistent_buffers,
+    refuse_disabled,
     require,
 )
 
@@ -55,9 +54,19 @@ def inject(model: nn.Module, method: Methods) -> None:
         return
     prefix, root = network(model)
     place(root, methods, [m.targets(root, prefix) for m in methods], *_saved(root, methods, prefix))
-    for name, parameter in model.named_parameters():  # whatever stands beside the network is frozen, too
-        if prefix and not name.startswith(prefix):
+    settle_outside(model)
+
+
+def settle_outside(model: nn.Module) -> None:
+    """Freeze what stands beside the network (networks inside metrics); remember the buffers there."""
+    injection, prefix, _ = require(model)
+    if not prefix:
+        return
+    for name, parameter in model.named_parameters():
+        if not name.startswith(prefix):
             parameter.requires_grad_(False)
+    beside = {n: b for n, b in persistent_buffers(model).items() if not n.startswith(prefix)}
+    injection.outside = {n: b.detach().clone() for n, b in beside.items()}
 
 
 def place(
@@ -86,7 +95,7 @@ def place(
         parameter.requires_grad_(False)
     for parameter in thawed:
         parameter.requires_grad_(True)
-    keep = {id(p) for p in thawed} if not _complete(methods) else set()
+    keep = {id(p) for p in thawed} if not is_complete(methods) else set()
     injection.trained = [n for n, p in root.named_parameters() if p.requires_grad]
     injection.frozen = [n for n, p in root.named_parameters() if not p.requires_grad]
     injection.buffers = {n: b.detach().clone() for n, b in persistent_buffers(root).items()}
@@ -106,13 +115,14 @@ def unload(model: nn.Module) -> None:
     ['0.weight', '0.bias']
     """
     injection, _, root = require(model)
-    _refuse_complete(injection, "unload")
+    refuse_complete(injection, "unload")
+    refuse_disabled(injection, "unload")
     switch(injection, root, merged=False)
     values = dict(root.named_parameters())
     with torch.no_grad():
         for name, old in injection.before.items():
             values[name].copy_(old)
-        _restore_buffers(root, injection)
+    reset_buffers(injection, root)
     remove(injection, root)
 
 
@@ -123,67 +133,6 @@ def remove(injection: Injection, root: nn.Module) -> None:
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(injection.flags.get(name, parameter.requires_grad))
     del root.__dict__[MARK]
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base model exactly as it was before injection; may be nested.
-
-    Heads, biases and statistics go back to their values at injection for the time being, too.
-
-    Raises:
-        PEFTError: full fine-tuning keeps no copy of the base.
-
-    >>> import torch
-    >>> from torch import nn
-    >>> from lightning_peft import LoRA, disabled, inject
-    >>> net, x = nn.Linear(4, 4), torch.ones(1, 4)
-    >>> net = nn.Sequential(net); before = net(x)
-    >>> inject(net, LoRA())
-    >>> with disabled(net):
-    ...     torch.equal(net(x), before)
-    True
-    """
-    injection, _, root = require(model)
-    _refuse_complete(injection, "disabled")
-    injection.disabled += 1
-    if injection.disabled > 1:
-        try:
-            yield
-        finally:
-            injection.disabled -= 1
-        return
-    was_merged = injection.merged
-    switch(injection, root, merged=False)
-    swapped = _swap_values(root, injection)
-    wrapped = [m for _, m in adapted_modules(root)]
-    for m in wrapped:
-        m.active = False
-    try:
-        yield
-    finally:
-        for m in wrapped:
-            m.active = True
-        for tensor, value in swapped:
-            tensor.data = value
-        switch(injection, root, merged=was_merged)
-        injection.disabled -= 1
-
-
-def switch(injection: Injection, root: nn.Module, *, merged: bool) -> None:
-    """Bring all wrapped modules into the merged or the unmerged state."""
-    if injection.merged == merged:
-        return
-    done: list[Adapted] = []
-    try:
-        for _, module in list(adapted_modules(root)):
-            module.merge() if merged else module.unmerge()
-            done.append(module)
-    except PEFTError:
-        for module in done:
-            module.unmerge() if merged else module.merge()
-        raise
-    injection.merged = merged
 
 
 def as_methods(method: Methods) -> list[Method]:
@@ -213,7 +162,7 @@ def raise_untrained(root: nn.Module) -> None:
 
 
 def _saved(root: nn.Module, methods: list[Method], prefix: str) -> tuple[list[str], list[str]]:
-    if _complete(methods):
+    if is_complete(methods):
         return [], []
     patterns = [p for m in methods for p in as_patterns(getattr(m, "modules_to_save", None))]
     new = new_modules(root)
@@ -239,17 +188,6 @@ def _outside(method: Method, chosen: dict[str, nn.Module], saved: list[str]) -> 
     return left
 
 
-def _complete(methods: list[Method]) -> bool:
-    return any(m.complete for m in methods)
-
-
-def _refuse_complete(injection: Injection, verb: str) -> None:
-    if _complete(injection.methods):
-        raise PEFTError(
-            f"{verb}: full fine-tuning changes the base itself and keeps no copy of it. Build the model again instead."
-        )
-
-
 def _check_same(injection: Injection, methods: list[Method]) -> None:
     if injection.methods == methods:
         return
@@ -260,7 +198,7 @@ def _check_same(injection: Injection, methods: list[Method]) -> None:
 
 
 def _check_overlap(methods: list[Method], targets: list[dict[str, nn.Module]]) -> None:
-    if _complete(methods) and len(methods) > 1:
+    if is_complete(methods) and len(methods) > 1:
         raise ConfigError("Full fine-tuning trains everything already; give it alone.")
     owner: dict[int, str] = {}
     for m, chosen in zip(methods, targets, strict=True):
@@ -271,22 +209,3 @@ def _check_overlap(methods: list[Method], targets: list[dict[str, nn.Module]]) -
                     " exclude_modules of one of them so that they do not meet."
                 )
             owner[id(module)] = type(m).__name__
-
-
-def _swap_values(root: nn.Module, injection: Injection) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Point changed base tensors at their values from before injection; returns what to put back."""
-    tensors = dict(root.named_parameters()) | persistent_buffers(root)
-    swapped = []
-    for name, old in (injection.before | injection.buffers).items():
-        if name in tensors:
-            tensor = tensors[name]
-            swapped.append((tensor, tensor.data))
-            tensor.data = old.to(tensor.device, tensor.dtype)
-    return swapped
-
-
-def _restore_buffers(root: nn.Module, injection: Injection) -> None:
-    now = persistent_buffers(root)
-    for name, old in injection.buffers.items():
-        if name in now:
-            now[name].copy_(old)

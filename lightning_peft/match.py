@@ -73,13 +73,14 @@ def as_patterns(patterns: str | Sequence[str] | None) -> list[str]:
 
 
 def layer_index(name: str) -> int | None:
-    """The number of the layer a module sits in: the first numeric part of its name behind another part.
+    """The number of the layer a module sits in: the first numeric part of its name behind another part, else the first.
 
-    >>> layer_index("encoder.layer.11.attention.self.query"), layer_index("0"), layer_index("pooler.dense")
-    (11, None, None)
+    >>> layer_index("encoder.layer.11.attention.self.query"), layer_index("2.linear"), layer_index("pooler.dense")
+    (11, 2, None)
     """
     parts = name.split(".")
-    return next((int(p) for i, p in enumerate(parts) if i and p.isdigit()), None)
+    inner = [int(p) for p in parts[1:] if p.isdigit()]
+    return inner[0] if inner else int(parts[0]) if parts[0].isdigit() else None
 
 
 def is_metric(module: nn.Module) -> bool:
@@ -135,6 +136,9 @@ def select(
         if modules and not any(ban(prefix + name) or ban(name) for name in modules):
             raise NoMatchError(f"{method}: exclude_modules={pattern!r} matches no module, so it would do nothing.")
     tests = [_word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix) for p in wanted]
+    for pattern, test in zip(wanted, tests, strict=True):
+        if pattern not in WORDS and modules and not any(test(n, m) for n, m in modules.items()) and len(wanted) > 1:
+            raise NoMatchError(_explain(method, [pattern], exclude, layers, modules, {}, kinds))
     chosen: dict[str, nn.Module] = {}
     hit: dict[str, nn.Module] = {}
     for name, module in modules.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.errors import MergeError
-from lightning_peft.injection import remove, switch
-from lightning_peft.trainable import require
+from lightning_peft.injection import remove
+from lightning_peft.switching import switch
+from lightning_peft.trainable import refuse_disabled, require
 
 
 def merge(model: nn.Module) -> None:
@@ -28,6 +29,7 @@ def merge(model: nn.Module) -> None:
     True
     """
     injection, _, root = require(model)
+    refuse_disabled(injection, "merge")
     if injection.merged:
         raise MergeError("The model is merged already; unmerge(model) takes the adapters out of the weights again.")
     refuse(model)
@@ -56,6 +58,7 @@ def merge_and_unload(model: nn.Module) -> None:
     'Linear'
     """
     injection, _, root = require(model)
+    refuse_disabled(injection, "merge_and_unload")
     refuse(model)
     tied = tied_parameters(root)
     switch(injection, root, merged=True)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
+import torch
+from torch import Tensor
 
 from lightning_peft.callbacks.hooks import install
-from lightning_peft.checkpoint import load_adapter
+from lightning_peft.checkpoint import adapter_state_dict, load_adapter
 from lightning_peft.errors import PEFTError
-from lightning_peft.files import locate, read
+from lightning_peft.files import SECTION, load_checkpoint, locate, read
+from lightning_peft.trainable import find
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -33,15 +38,35 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
         CheckpointError: the checkpoint does not fit; nothing is half-loaded silently.
     """
     file = locate(path)
-    read(file)  # one clear error for a plain, broken or unsafe file before anything is built
+    state, info = read(file)  # one clear error for a plain, broken or unsafe file before anything is built
     if isinstance(cls_or_module, L.LightningModule):
         if kwargs:
             raise PEFTError(f"Constructor arguments ({', '.join(kwargs)}) go with a class, not with an instance.")
         module = cls_or_module
+        type(module).on_load_checkpoint(module, load_checkpoint(file))
     else:
-        with warnings.catch_warnings():  # strict=False warns of the frozen weights; the strict load follows below
-            warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
-            module = cls_or_module.load_from_checkpoint(file, map_location="cpu", strict=False, **kwargs)
-    load_adapter(module, file)
+        module = _build(cls_or_module, file, kwargs)
+    if find(module) is None or not _is_loaded(module, state):
+        load_adapter(module, {"state_dict": state, SECTION: info})
     install(module, "trainable")
     return module
+
+
+def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:
+    if not (isinstance(kind, type) and issubclass(kind, L.LightningModule)):
+        raise PEFTError(
+            f"{kind!r} is no lightning.pytorch.LightningModule. A class made for `pytorch_lightning` fits after"
+            " `import lightning.pytorch as pl`."
+        )
+    if kwargs.pop("strict", True) is not True:
+        raise PEFTError("strict=False would hide missing adapter tensors; the frozen weights may be missing anyway.")
+    kwargs.setdefault("map_location", "cpu")
+    with warnings.catch_warnings():  # strict=False warns of the frozen weights; the strict load follows
+        warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
+        return kind.load_from_checkpoint(file, strict=False, **kwargs)
+
+
+def _is_loaded(module: L.LightningModule, state: Mapping[str, Tensor]) -> bool:
+    """Whether a module that adapts itself has taken the values already."""
+    ours = adapter_state_dict(module)
+    return all(n in ours and torch.equal(ours[n].cpu(), t.to(ours[n].dtype)) for n, t in state.items())

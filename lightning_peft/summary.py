@@ -31,7 +31,8 @@ def summarize(model: nn.Module) -> dict[str, Any]:
     """
     injection, _, root = require(model)
     parameters = dict(root.named_parameters())
-    trainable = {n: p for n, p in parameters.items() if n in set(injection.trained) or p.requires_grad}
+    trained = set(injection.trained)
+    trainable = {n: p for n, p in parameters.items() if n in trained or p.requires_grad}
     total = sum(_count(p) for p in parameters.values())
     count = sum(_count(p) for p in trainable.values())
     return {

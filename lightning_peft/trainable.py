@@ -31,6 +31,7 @@ class Injection:
     frozen: list[str] = field(default_factory=list)
     before: dict[str, Tensor] = field(default_factory=dict)  # start values of base parameters that train
     buffers: dict[str, Tensor] = field(default_factory=dict)  # start values of buffers
+    outside: dict[str, Tensor] = field(default_factory=dict)  # the same for buffers beside the network, by full name
     flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before, by name before wrapping
     merged: bool = False
     disabled: int = 0  # depth of `disabled` contexts
@@ -42,10 +43,11 @@ def network(model: nn.Module) -> tuple[str, nn.Module]:
     Files name tensors relative to it, so an adapter trained in one LightningModule fits another, or the bare network.
     """
     path, module = "", model
-    lightning = sys.modules.get("lightning.pytorch")
-    if lightning is not None and isinstance(model, lightning.LightningModule):
+    packages = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    kinds = tuple(kind for p in packages if (kind := getattr(p, "LightningModule", None)) is not None)
+    if isinstance(model, kinds):
         parts = [(n, m) for n, m in model.named_children() if not is_metric(m) and any(True for _ in m.parameters())]
-        if len(parts) == 1 and not model._parameters:
+        if len(parts) == 1 and not model._parameters and list(parts[0][1].children()):  # a single layer has no names
             path, module = parts[0][0] + ".", parts[0][1]
     if type(module).__name__ == "OptimizedModule":  # torch.compile(net) as a submodule
         path, module = path + "_orig_mod.", module.get_submodule("_orig_mod")
@@ -98,20 +100,39 @@ def state_names(model: nn.Module) -> list[str]:
     and the buffers a LightningModule keeps beside its network.
     """
     injection, prefix, root = require(model)
+    outside = {n: b for n, b in persistent_buffers(model).items() if n in injection.outside} if prefix else {}
     tensors = dict(root.named_parameters()) | persistent_buffers(root)  # state_dict() would ask for these names again
     names = {n for m in injection.methods for n in m.state_names(root)}
     names |= {n for n in injection.buffers if any(n.startswith(s + ".") for s in injection.saved)}
     names |= {n for n, old in injection.buffers.items() if n in tensors and moved(old, tensors[n])}
-    outside = [n for n in persistent_buffers(model) if not n.startswith(prefix)] if prefix else []
-    return [prefix + n for n in tensors if n in names and n not in injection.trained] + outside
+    beside = [n for n, b in outside.items() if moved(injection.outside[n], b)]
+    return [prefix + n for n in tensors if n in names and n not in injection.trained] + beside
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """``trainable_names + state_names``."""
+    return list(dict.fromkeys(trainable_names(model) + state_names(model)))
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def required_names(model: nn.Module) -> list[str]:
+    """What a file must hold: `adapter_names` without the statistics, which travel only when they moved."""
+    injection, prefix, root = require(model)
+    state = [prefix + n for m in injection.methods for n in m.state_names(root)]
+    return list(dict.fromkeys(trainable_names(model) + state))
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to a state dict."""
-    state, owned = {}, {id(p) for p in model.parameters()}
+    state, seen = {}, set()
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in owned:
+            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
                 state[f"{prefix}.{name}" if prefix else name] = buffer
     return state
 
@@ -125,18 +146,21 @@ def moved(old: Tensor, new: Tensor) -> bool:
 
 def frozen_statistics(model: nn.Module) -> list[nn.Module]:
     """Normalisation layers with running statistics that do not train; in train mode they would drift all the same."""
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    injection, _, root = require(model)
+    if any(m.complete for m in injection.methods):
+        return []
+    training = {id(m) for name in injection.saved for m in root.get_submodule(name).modules()}
     return [
         m
-        for m in model.modules()
+        for m in root.modules()
         if getattr(m, "running_mean", None) is not None
-        and getattr(m, "track_running_stats", True)
+        and id(m) not in training
         and not is_metric(m)
-        and not any(id(p) in trained for p in m.parameters(recurse=False))
+        and not any(p.requires_grad for p in m.parameters(recurse=False))
     ]
 
 
-def hold_statistics(model: nn.Module) -> None:
-    """Put frozen normalisation layers with running statistics into eval mode."""
-    for module in frozen_statistics(model):
-        module.eval()
+def refuse_disabled(injection: Injection, verb: str) -> None:
+    """Inside `disabled` the tensors are those of the base: not the time to save, load or merge."""
+    if injection.disabled:
+        raise PEFTError(f"{verb} inside `with disabled(model)`: the adapters are switched off. Do it outside.")

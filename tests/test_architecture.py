@@ -23,18 +23,25 @@ LAYERS = [
     ["method"],
     ["lowrank", "trainable", "fingerprint", "files"],
     ["methods"],
+    ["switching"],
     ["injection"],
-    ["merging", "checkpoint"],
+    ["verify"],
+    ["checkpoint"],
+    ["merging"],
     ["summary"],
     ["export"],
-    ["callbacks.hooks", "callbacks.best"],
+    ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
     ["callbacks.peft"],
     ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
     ["callbacks"],
     ["reload"],
+    ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
+    ["cli.run"],
+    ["cli"],
+    ["__main__"],
 ]
 HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload"}
+WITH_LIGHTNING = {"callbacks", "reload", "cli"}
 
 
 def level(module: str) -> int:
@@ -59,7 +66,7 @@ def modules() -> dict[str, Path]:
 
 def imports(path: Path, everywhere: bool) -> set[str]:
     tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if everywhere else tree.body
+    nodes = list(ast.walk(tree)) if everywhere else tree.body
     found = set()
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -11,19 +11,9 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
-from lightning_peft.checkpoint import (
-    adapter_names,
-    check,
-    check_keys,
-    check_version,
-    compare,
-    required_names,
-    reroot,
-    section,
-)
+from lightning_peft.checkpoint import fitting, make_way, reroot, section
 from lightning_peft.files import SECTION, split
-from lightning_peft.injection import switch
-from lightning_peft.trainable import find, require
+from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
 
 _SAVE = "_peft_save"
 
@@ -53,12 +43,22 @@ class _Hook:
 
 
 def _filter(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Keep only the adapter in the state dict."""
-    if module.__dict__.get(_SAVE) != "trainable" or find(module) is None:
+    """Keep only the adapter in the state dict; a full one holds the base as it is without the adapter."""
+    if find(module) is None:
+        return
+    if module.__dict__.get(_SAVE) == "full":
+        _unmerged(module, state, prefix)
         return
     keep = {prefix + n for n in adapter_names(module)}
     for key in [k for k in state if k.startswith(prefix) and k not in keep]:
         del state[key]
+
+
+def _unmerged(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Write the original base weights while merged ones stand in their place: reloading merges once, not twice."""
+    for name, wrapped in adapted_modules(module):
+        for key, original in wrapped.originals.items():
+            state[f"{prefix}{name}.base.{key}"] = original.detach()
 
 
 def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:
@@ -100,17 +100,13 @@ def _resume(module: L.LightningModule) -> dict[str, Any]:
 
 def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Compare a checkpoint with the module before its values are loaded, and make way for them."""
+    if find(module) is None:  # unloaded or merged for good: an ordinary module again
+        return
     state, info = split(checkpoint, "The checkpoint")
-    check_version(info, "The checkpoint")
-    check(module, info, "The checkpoint")
-    check_keys(state, info, "The checkpoint")
-    checkpoint["state_dict"] = state = reroot(state, info, module)
-    names = set(adapter_names(module)) | set(required_names(module))
-    full = info.get("save") == "full"
-    compare(module, {k: v for k, v in state.items() if not full or k in names}, "The checkpoint")
-    injection, _, root = require(module)
-    switch(injection, root, merged=False)
+    fitted = fitting(module, state, info, "The checkpoint")
+    checkpoint["state_dict"] = reroot(state, info, module) if info.get("save") == "full" else fitted
+    make_way(module, checkpoint["state_dict"])
     resume = info.get("resume")
     if resume and "optimizer_states" in checkpoint:
-        for method, saved in zip(injection.methods, resume["methods"], strict=True):
+        for method, saved in zip(require(module)[0].methods, resume["methods"], strict=True):
             method.load_resume_state(module, saved)

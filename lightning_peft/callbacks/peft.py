@@ -10,17 +10,24 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_peft.callbacks.checks import (
+    check_nothing_new,
+    check_optimizers,
+    check_present,
+    check_strategy,
+    check_trainer,
+)
 from lightning_peft.callbacks.hooks import install
-from lightning_peft.checkpoint import inject_from, load_adapter
-from lightning_peft.errors import ConfigError, TrainingError
-from lightning_peft.files import read
-from lightning_peft.injection import as_methods, inject, switch
+from lightning_peft.checkpoint import load_adapter, withdraw
+from lightning_peft.errors import ConfigError, PEFTError, TrainingError
+from lightning_peft.injection import as_methods, inject
 from lightning_peft.method import Method
 from lightning_peft.summary import describe
-from lightning_peft.trainable import find, frozen_statistics, require, trainable_names
+from lightning_peft.switching import settle_flags, switch
+from lightning_peft.trainable import find, frozen_statistics, require
 
 
 class PEFT(L.Callback):
@@ -62,10 +69,11 @@ class PEFT(L.Callback):
     # ---- before training -------------------------------------------------------------------------------------------
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Inject now, or defer to the end of ``configure_model``."""
-        _check_trainer(trainer)
+        check_trainer(trainer)
+        check_strategy(trainer)
         self._check_order(trainer, pl_module, stage)
         if is_overridden("configure_model", pl_module):
-            pl_module.__dict__["_peft_pending"] = (self, str(stage))
+            pl_module.__dict__["_peft_pending"] = (self, str(stage), pl_module.__dict__.get("configure_model"))
             pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
         else:
             self.ensure(pl_module, stage)
@@ -73,26 +81,33 @@ class PEFT(L.Callback):
     def ensure(self, pl_module: L.LightningModule, stage: str) -> None:
         """Inject unless that was done, make the module's checkpoints small; training goes on from unmerged weights."""
         fresh = find(pl_module) is None
-        if self.methods is not None:
-            inject(pl_module, self.methods)
-        elif fresh and self.init_from is None:
+        if fresh and self.methods is None and self.init_from is None:
             raise ConfigError(
                 "PEFT() needs a method such as PEFT(LoRA(r=8)), or init_from=PATH of a saved adapter;"
                 " the module has no adapters of its own."
             )
-        elif fresh:
-            inject_from(pl_module, read(self.init_from)[1], self.init_from)
+        if self.methods is not None:
+            inject(pl_module, self.methods)
         if fresh and self.init_from is not None:
-            load_adapter(pl_module, self.init_from)
+            self._start_from(pl_module, self.init_from)
         install(pl_module, self.save)
         if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
             injection, _, root = require(pl_module)
             switch(injection, root, merged=False)
+            settle_flags(injection, root)
+
+    def _start_from(self, pl_module: L.LightningModule, path: str) -> None:
+        try:
+            load_adapter(pl_module, path)
+        except PEFTError:
+            if find(pl_module) is not None:
+                withdraw(pl_module)
+            raise
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what trains, and make sure that it does."""
-        _check_nothing_new(pl_module)
-        _check_optimizers(trainer, pl_module)
+        check_nothing_new(pl_module)
+        check_optimizers(trainer, pl_module)
         rank_zero_info(describe(pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,12 +125,15 @@ class PEFT(L.Callback):
         for module in self._frozen:
             module.training = False
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Add the methods' loss terms, scaled as Lightning has scaled the loss (accumulation, GradScaler)."""
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the gradients of the methods' loss terms, scaled as Lightning has scaled the loss.
+
+        The terms depend on parameters alone, so they are the same on every rank and need no reduction.
+        """
         for method in require(pl_module)[0].methods:
             term = method.regularizer(pl_module)
             if term is not None:
-                loss.add_((term * _loss_factor(trainer, pl_module)).to(loss.dtype))
+                _backward(term * _loss_factor(trainer, pl_module), pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Let the methods change gradients: unscaled, complete over accumulation, not yet clipped."""
@@ -137,8 +155,22 @@ class PEFT(L.Callback):
         _drop_pending(pl_module)
         self._frozen = []
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The adapters must still be there."""
+        check_present(pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The adapters must still be there."""
+        check_present(pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The adapters must still be there."""
+        check_present(pl_module)
+
     def _check_order(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Callbacks that deep-copy the module in their setup must come after the injection."""
+        if sum(isinstance(c, PEFT) for c in trainer.callbacks) > 1:
+            raise ConfigError("The Trainer has two PEFT callbacks. Give one of them a list: PEFT([...]).")
         averaging = (StochasticWeightAveraging, WeightAveraging)
         for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
             if isinstance(callback, averaging):
@@ -156,53 +188,30 @@ class PEFT(L.Callback):
 
 def _configure_and_inject(self: L.LightningModule) -> None:
     """Stands in for ``configure_model`` until it has run once (no ``__wrapped__``: Lightning would look through it)."""
-    callback, stage = self.__dict__["_peft_pending"]
+    callback, stage, _ = self.__dict__["_peft_pending"]
     _drop_pending(self)
     self.configure_model()
     callback.ensure(self, stage)
 
 
 def _drop_pending(pl_module: L.LightningModule) -> None:
-    if pl_module.__dict__.pop("_peft_pending", None) is not None:
-        pl_module.__dict__.pop("configure_model", None)
-
-
-def _check_trainer(trainer: L.Trainer) -> None:
-    if not isinstance(trainer, L.Trainer):
-        raise TrainingError(
-            f"This Trainer is {type(trainer).__module__}.{type(trainer).__name__}; lightning_peft works with the"
-            " `lightning` package. Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
-        )
-
-
-def _check_nothing_new(pl_module: L.LightningModule) -> None:
-    injection, prefix, _ = require(pl_module)
-    names = {n for n, p in pl_module.named_parameters() if p.requires_grad}
-    known = {prefix + n for n in injection.trained} | {prefix + n for n in injection.frozen}
-    late = sorted(names - known)
-    if late:
-        raise TrainingError(
-            f"Parameters appeared after the adapters were injected: {', '.join(late[:4])}. Build the network in"
-            " `__init__` or `configure_model`, not in `setup` (callbacks are set up before the module)."
-        )
-
-
-def _check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Everything that trains must be in some optimizer."""
-    if "DeepSpeed" in type(trainer.strategy).__name__:  # keeps flattened copies instead of the parameters
+    pending = pl_module.__dict__.pop("_peft_pending", None)
+    if pending is None:
         return
-    held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-    wanted = set(trainable_names(pl_module))
-    lost = [n for n, p in pl_module.named_parameters() if n in wanted and p.requires_grad and id(p) not in held]
-    if lost and trainer.optimizers:
-        raise TrainingError(
-            f"{len(lost)} of {len(wanted)} trainable tensors are in no optimizer ({', '.join(lost[:3])}, …) and would"
-            " never move. Build the optimizer in `configure_optimizers` from"
-            " [p for p in self.parameters() if p.requires_grad]; with LightningCLI set auto_configure_optimizers=False,"
-            " because it collects the parameters before the adapters exist."
-        )
-    if not trainer.optimizers:
-        rank_zero_warn("configure_optimizers returned no optimizer: the adapters will not train.")
+    del pl_module.__dict__["configure_model"]
+    if pending[2] is not None:  # the user's own patch
+        pl_module.__dict__["configure_model"] = pending[2]
+
+
+def _backward(term: Tensor, pl_module: L.LightningModule) -> None:
+    parameters = [p for p in pl_module.parameters() if p.requires_grad]
+    for parameter, grad in zip(parameters, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
+        if grad is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = grad.to(parameter.dtype)
+        else:
+            parameter.grad.add_(grad)
 
 
 def _loss_factor(trainer: L.Trainer, pl_module: L.LightningModule) -> float:

@@ -1,0 +1,71 @@
+"""What must hold before a run starts, each with the way out."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_peft.errors import TrainingError
+from lightning_peft.trainable import find, require, trainable_names
+
+_TOO_LATE = (
+    "Build the network in `__init__` or `configure_model`, not in `setup` (callbacks are set up before the module)."
+)
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Objects of the two packages Lightning is published as do not mix."""
+    if not isinstance(trainer, L.Trainer):
+        raise TrainingError(
+            f"This Trainer is {type(trainer).__module__}.{type(trainer).__name__}; lightning_peft works with the"
+            " `lightning` package. Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
+        )
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Strategies that shard the model need more than this version does; better refused than wrong on some rank."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise TrainingError(
+            f"{type(strategy).__name__} is not supported: adapters would not be sharded and reduced with the model."
+            " Use one device, or strategy='ddp'."
+        )
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(
+            "This strategy trains in child processes: after fit, the module in this process has no adapters. Load the"
+            " result from a checkpoint: lightning_peft.load_adapter(module, path)."
+        )
+
+
+def check_present(pl_module: L.LightningModule) -> None:
+    """A network rebuilt after the injection has no adapters."""
+    if find(pl_module) is None:
+        raise TrainingError(f"The network was replaced after the adapters were injected. {_TOO_LATE}")
+
+
+def check_nothing_new(pl_module: L.LightningModule) -> None:
+    """Parameters that appeared after the injection are neither frozen nor saved as meant."""
+    check_present(pl_module)
+    injection, prefix, root = require(pl_module)
+    late = sorted({n for n, _ in root.named_parameters()} - set(injection.trained) - set(injection.frozen))
+    if late:
+        names = ", ".join(prefix + n for n in late[:4])
+        raise TrainingError(f"Parameters appeared after the adapters were injected: {names}. {_TOO_LATE}")
+
+
+def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Everything that trains must be in some optimizer."""
+    held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    wanted = set(trainable_names(pl_module))
+    lost = [n for n, p in pl_module.named_parameters() if n in wanted and id(p) not in held]
+    if lost and trainer.optimizers:
+        raise TrainingError(
+            f"{len(lost)} of {len(wanted)} trainable tensors are in no optimizer ({', '.join(lost[:3])}, …) and would"
+            " never move. Build the optimizer in `configure_optimizers` from"
+            " [p for p in self.parameters() if p.requires_grad]; with LightningCLI set auto_configure_optimizers=False,"
+            " because it collects the parameters before the adapters exist."
+        )
+    if not trainer.optimizers:
+        rank_zero_warn("configure_optimizers returned no optimizer: the adapters will not train.")
