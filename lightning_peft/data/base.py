@@ -152,11 +152,11 @@ class SplitDataModule(L.LightningDataModule):
             self._prepare(split)
         rows = self._ready[split]
         place = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
-        completed = options.pop("completed", None) if self.trainer else None
+        completed = options.pop("completed", None)
         order = {"group_by_length": self.group_by_length, "shuffle": False, "seed": self.seed, **options}
         ranks = {"rank": place.get("rank", 0), "world_size": place.get("num_replicas", 1)}
         batches = LengthGroupedBatches(rows["length"][:], size, **order, **ranks)
-        return BatchLoader(rows, batches, self.collator(split), self.num_workers, completed)
+        return BatchLoader(rows, batches, self.collator(split), self.num_workers, completed if self.trainer else None)
 
     def _completed(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
@@ -273,6 +273,15 @@ class SplitDataModule(L.LightningDataModule):
         if len(names) != len(numbers):
             numbers = [n for n, tags in zip(numbers, rows[self.label_column][:], strict=True) for _ in tags]
         return lab.encode(names, self.label_names or [], numbers, split)
+
+    def with_numbers(self, rows: Dataset, split: str, lengths: list[int]) -> Dataset:
+        """Rows of files or arrays with ``length``, and with ``labels``, or ``_id`` where they are to be predicted."""
+        if split == "predict":
+            names = rows["file"][:] if "file" in rows.column_names else rows[ROW][:]
+            rows = rows.add_column("_id", [str(name) for name in names])
+        else:
+            rows = rows.add_column("labels", self.encoded_labels(rows, split))
+        return rows.add_column("length", lengths)
 
 
 def _class_names(feature: Any) -> list[str] | None:

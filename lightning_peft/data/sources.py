@@ -111,7 +111,7 @@ def _table(files: Sequence[Path], load_kwargs: Mapping[str, Any] | None, cache_d
             raise ConfigError(f"{file} is empty.")
     names = [str(file) for file in files]
     options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
-    options = {"data_files": {"train": names}, **options, **load_kwargs or {}}
+    options = {"data_files": {"train": names}, **options, **(load_kwargs or {})}
     # streaming reads the file without datasets' own copy in Arrow; what it writes all the same is a lock file
     with nullcontext(cache_dir) if cache_dir else tempfile.TemporaryDirectory() as place:
         try:
@@ -171,6 +171,20 @@ def _folder(path: Path, load_kwargs: Mapping[str, Any] | None, cache_dir: str | 
     if len({f.suffix for f in files}) == 1:
         return {"train": _table(files, load_kwargs, cache_dir)}
     return {split: _texts(rows) for split, rows in labelled_files(path, (".txt",)).items()}
+
+
+def file_tables(path: Path, suffixes: Sequence[str]) -> dict[str, Dataset]:
+    """Columns ``file`` and ``label`` by split; a folder that holds the files themselves has no labels."""
+    import datasets
+
+    flat = sorted(str(f) for f in path.glob("*") if f.suffix.lower() in suffixes)
+    if flat:
+        return {"train": datasets.Dataset.from_dict({"file": flat})}
+    found = labelled_files(path, suffixes)
+    return {
+        split: datasets.Dataset.from_dict({"file": [str(f) for f, _ in rows], "label": [label for _, label in rows]})
+        for split, rows in found.items()
+    }
 
 
 def labelled_files(path: Path, suffixes: Sequence[str]) -> dict[str, list[tuple[Path, str]]]:

@@ -112,6 +112,7 @@ class TextDataModule(SplitDataModule):
         cache_dir: str | None = None,
         load_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        data = {k: str(v) for k, v in data.items()} if isinstance(data, dict) else str(data)
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "tokenizer")}
         super().__init__()
         # not to the logger: a name that the LightningModule has too, with another value, would stop the run there
