@@ -32,9 +32,12 @@ LAYERS = [
     ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
     ["callbacks"],
     ["reload"],
+    ["data.loaders", "data.labels", "data.splits", "data.sources", "data.prompts"],
+    ["data.collate", "data.tokenise", "data.arrays", "data.base"],
+    ["data"],
 ]
 HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload"}
+WITH_LIGHTNING = {"callbacks", "reload", "data"}
 
 
 def level(module: str) -> int:

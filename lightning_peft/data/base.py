@@ -91,7 +91,7 @@ class SplitDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and encode what the stage needs, once."""
-        for split in _STAGES.get(str(stage), ("train", "validation", "test")):
+        for split in _STAGES[getattr(stage, "value", stage) or "fit"]:
             self._prepare(split)
 
     def train_dataloader(self) -> BatchLoader:

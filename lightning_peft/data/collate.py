@@ -63,7 +63,8 @@ class TextCollator:
             labels = columns["labels"]
             batch["labels"] = self._pad(labels, IGNORED) if isinstance(labels[0], list) else torch.tensor(labels)
         if self.meta:
-            batch["meta"] = {"id": columns["_id"], "text": columns["_text"]}
+            names = {"id": "_id", "text": "_text", "word_ids": "word_ids"}
+            batch["meta"] = {name: columns[column] for name, column in names.items() if column in columns}
         return batch
 
     def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:

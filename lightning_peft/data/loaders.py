@@ -98,7 +98,7 @@ class LengthGroupedBatches:
 
     def _cut(self, order: list[int], size: int) -> list[list[int]]:
         if self.group_by_length:
-            few = min(_GROUPS_SORTED_TOGETHER, max(2, len(order) // size // 4))
+            few = min(_GROUPS_SORTED_TOGETHER, max(2, len(order) // size // 2))  # two stretches at least: mixing
             groups = few if self.shuffle else max(1, len(order) // size)  # one order for all epochs: sort all of it
             chunks = [order[i : i + groups * size] for i in range(0, len(order), groups * size)]
             order = [row for chunk in chunks for row in sorted(chunk, key=lambda row: -self.lengths[row])]

@@ -50,7 +50,7 @@ def size_of(size: int | float, rows: int, field: str) -> int:
     Raises:
         ConfigError: negative, or not less than the rows there are.
     """
-    count = round(size * rows) if isinstance(size, float) and size < 1 else int(size)
+    count = round(size * rows) if isinstance(size, float) else size
     if size < 0 or count >= rows:
         raise ConfigError(
             f"{field}={size} of {rows:,} rows leaves nothing to train on; give a fraction or a smaller count."

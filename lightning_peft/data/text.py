@@ -28,7 +28,7 @@ class TextDataModule(SplitDataModule):
     Batches are dicts of tensors, padded to their longest row: ``input_ids`` and ``attention_mask`` (rows, length),
     ``token_type_ids`` where the tokenizer makes them, and ``labels``: class numbers or floats (rows,), or
     (rows, length) with -100 where nothing is to be learnt. Predict batches have no labels but
-    ``meta = {"id": [...], "text": [...]}``, and for causal models they end in the open prompt, padded on the left.
+    ``meta = {"id": [...], "text": [...]}`` (and ``word_ids`` for token classification), and for causal models they end in the open prompt, padded on the left.
 
     Args:
         data: a csv, tsv, json, jsonl, parquet or txt file (one row a line); a folder with such files named train,
@@ -159,9 +159,7 @@ class TextDataModule(SplitDataModule):
     def _find_tokenizer(self) -> None:
         source = self._tokenizer_source
         if source is None:
-            model = getattr(self.trainer, "lightning_module", None)
-            source = dict(getattr(model, "hparams", {}) or {}).get("model")
-            source = source if isinstance(source, str | None) else getattr(source, "name_or_path", None) or None
+            source = _source_of(getattr(self.trainer, "lightning_module", None))
         if source is None:
             raise ConfigError("TextDataModule has no tokenizer, and the module has no hparams.model to take it from.")
         if self.tokenizer is None or source != self._tokenizer_found:
@@ -266,3 +264,11 @@ class TextDataModule(SplitDataModule):
             raise ConfigError("masked-lm needs a tokenizer with a mask token; this one is for causal models.")
         special = tuple(self.tokenizer.all_special_ids)
         return Masking(self.tokenizer.mask_token_id, len(self.tokenizer), special, self.mlm_probability, self.seed)
+
+
+def _source_of(module: Any) -> str | None:
+    """Where the tokenizer of a LightningModule's model lies: what its hyper-parameters say, else the model itself."""
+    known = dict(getattr(module, "hparams", {}) or {})
+    sources = (known.get("tokenizer"), known.get("model"), getattr(module, "model", None))
+    names = [source if isinstance(source, str) else getattr(source, "name_or_path", None) for source in sources]
+    return next((name for name in names if name), None)

@@ -146,6 +146,8 @@ class Encoder:
         out = self._columns(encoded)
         if "labels" in rows[0]:
             out["labels"] = [align(encoded.word_ids(i), row["labels"]) for i, row in enumerate(rows)]
+        elif self.predict:
+            out["word_ids"] = [encoded.word_ids(i) for i in range(len(rows))]
         return out
 
     def _causal(self, rows: list[dict]) -> dict[str, list]:
