@@ -159,7 +159,7 @@ def _header(file: str) -> tuple[int, int]:
         with wave.open(file) as source:
             rate, frames = source.getframerate(), source.getnframes()
     except (wave.Error, EOFError) as error:
-        raise ConfigError(f"{file} cannot be read as PCM wav: {error or 'it ends early'}.") from None
+        raise ConfigError(f"{file} cannot be read as PCM wav: {str(error) or 'it ends early'}.") from None
     if not frames:
         raise ConfigError(f"{file} has no samples.")
     return rate, frames

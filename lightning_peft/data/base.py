@@ -9,7 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_peft.data import labels as lab
+from lightning_peft.data.labels import as_indices, as_names, need_column, vocabulary
 from lightning_peft.data.loaders import BatchLoader, LengthGroupedBatches
 from lightning_peft.data.sources import split_name
 from lightning_peft.data.splits import carve, choose, first_of_each, size_of, take
@@ -207,8 +207,9 @@ class SplitDataModule(L.LightningDataModule):
             raise ConfigError(f"data={self.data!r} has the splits {', '.join(found)}; name one with train_split.")
         self._raw = self._limited(self._split(raw))
         if self.classifies and self.label_names is None:
-            split = next(iter(self._raw))
-            self.label_names = lab.vocabulary(self._flat_names(self._raw[split], split))
+            split, rows = next(iter(self._raw.items()))
+            names = self._flat_names(rows, split)
+            self.label_names = _class_names(rows.features[self.label_column]) or vocabulary(names)
 
     def _pick(self, found: Mapping[str, Dataset], split: str, name: str | None) -> Dataset | None:
         """The source's split that serves as ``split``: by its name, else by the usual ones."""
@@ -259,12 +260,12 @@ class SplitDataModule(L.LightningDataModule):
 
     def _flat_names(self, rows: Dataset, split: str) -> list[str]:
         """Label names of rows; those of all words one behind the other where labels are lists."""
-        lab.need_column(self.label_column, rows.column_names, "label_column", f"The {split} data")
+        need_column(self.label_column, rows.column_names, "label_column", f"The {split} data")
         values, numbers = rows[self.label_column][:], rows[ROW][:]
         if values and isinstance(values[0], list):
             numbers = [number for number, tags in zip(numbers, values, strict=True) for _ in tags]
             values = [tag for tags in values for tag in tags]
-        return lab.as_names(values, numbers, split, _class_names(rows.features[self.label_column]))
+        return as_names(values, numbers, split, _class_names(rows.features[self.label_column]))
 
     def encoded_labels(self, rows: Dataset, split: str) -> list[int]:
         """Class numbers of rows (flat, as `_flat_names`)."""
@@ -272,7 +273,7 @@ class SplitDataModule(L.LightningDataModule):
         names = self._flat_names(rows, split)
         if len(names) != len(numbers):
             numbers = [n for n, tags in zip(numbers, rows[self.label_column][:], strict=True) for _ in tags]
-        return lab.encode(names, self.label_names or [], numbers, split)
+        return as_indices(names, self.label_names or [], numbers, split)
 
     def with_numbers(self, rows: Dataset, split: str, lengths: list[int]) -> Dataset:
         """Rows of files or arrays with ``length``, and with ``labels``, or ``_id`` where they are to be predicted."""

@@ -58,7 +58,7 @@ def vocabulary(names: Sequence[str]) -> list[str]:
         return sorted(found)
 
 
-def encode(names: Sequence[str], label_names: Sequence[str], rows: Sequence[int], where: str) -> list[int]:
+def as_indices(names: Sequence[str], label_names: Sequence[str], rows: Sequence[int], where: str) -> list[int]:
     """Numbers of labels.
 
     Raises:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_peft.data import labels as lab
 from lightning_peft.data.base import ROW, SplitDataModule
 from lightning_peft.data.collate import Masking, TextCollator
+from lightning_peft.data.labels import as_numbers, need_column, need_values
 from lightning_peft.data.sources import read
 from lightning_peft.data.tokenise import DEFAULT_MAX_LENGTH, Encoder, Fields, load_tokenizer, tokenise
 from lightning_peft.errors import ConfigError
@@ -28,7 +28,8 @@ class TextDataModule(SplitDataModule):
     Batches are dicts of tensors, padded to their longest row: ``input_ids`` and ``attention_mask`` (rows, length),
     ``token_type_ids`` where the tokenizer makes them, and ``labels``: class numbers or floats (rows,), or
     (rows, length) with -100 where nothing is to be learnt. Predict batches have no labels but
-    ``meta = {"id": [...], "text": [...]}`` (and ``word_ids`` for token classification), and for causal models they end in the open prompt, padded on the left.
+    ``meta = {"id": [...], "text": [...]}`` (and ``word_ids`` for token classification), and for causal models they
+    end in the open prompt, padded on the left.
 
     Args:
         data: a csv, tsv, json, jsonl, parquet or txt file (one row a line); a folder with such files named train,
@@ -207,8 +208,8 @@ class TextDataModule(SplitDataModule):
         used += [(self.text_pair_column, "text_pair_column")] if self.text_pair_column else []
         used += [(self.answer_column, "answer_column")] if self.answer_column and split != "predict" else []
         for name, field in used:
-            lab.need_column(name, rows.column_names, field, f"The {split} data")
-            lab.need_values(rows[name][:], rows[ROW][:], name, split)
+            need_column(name, rows.column_names, field, f"The {split} data")
+            need_values(rows[name][:], rows[ROW][:], name, split)
         if self.task == "token-classification" and not isinstance(rows[0][self.text_column], list):
             raise ConfigError(f"token-classification needs lists of words; {self.text_column!r} holds text.")
         return [name for name, _ in used]
@@ -216,7 +217,7 @@ class TextDataModule(SplitDataModule):
     def _with_meta(self, rows: Dataset) -> Dataset:
         """Name and text of each row, for those who read the predictions."""
         if self.id_column:
-            lab.need_column(self.id_column, rows.column_names, "id_column", "The data to predict")
+            need_column(self.id_column, rows.column_names, "id_column", "The data to predict")
         names = self.id_column or ("file" if "file" in rows.column_names else ROW)
         words = self.task == "token-classification"
         texts = [
@@ -226,11 +227,9 @@ class TextDataModule(SplitDataModule):
         return rows.add_column("_id", [str(name) for name in rows[names][:]]).add_column("_text", texts)
 
     def _with_labels(self, rows: Dataset, split: str) -> Dataset:
-        lab.need_column(
-            self.label_column, [c for c in rows.column_names if c != ROW], "label_column", f"The {split} data"
-        )
+        need_column(self.label_column, [c for c in rows.column_names if c != ROW], "label_column", f"The {split} data")
         if self.task == "regression":
-            numbers: list = lab.as_numbers(rows[self.label_column][:], rows[ROW][:], split)
+            numbers: list = as_numbers(rows[self.label_column][:], rows[ROW][:], split)
         else:
             numbers = self.encoded_labels(rows, split)
         if self.task == "token-classification":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -121,7 +122,7 @@ class Encoder:
     def key(self) -> str:
         """Changes when the result would."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = backend.to_str() if backend is not None else repr(self.tokenizer)
+        words = _vocabulary(backend.to_str()) if backend is not None else repr(self.tokenizer)
         options = {k: v for k, v in vars(self).items() if k != "tokenizer"}
         chat = getattr(self.tokenizer, "chat_template", None)
         return hashlib.sha256(repr((words, chat, options)).encode()).hexdigest()
@@ -184,6 +185,11 @@ class Encoder:
             targets = self.tokenizer(text_target=answers, truncation=True, max_length=self.max_length)
             out["labels"] = targets["input_ids"]
         return out
+
+
+def _vocabulary(written: str) -> str:
+    """A tokenizer without what using it leaves behind."""
+    return json.dumps({**json.loads(written), "truncation": None, "padding": None})
 
 
 def align(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
