@@ -153,11 +153,11 @@ def _decode(pixels: bytes, shape: list[int], dtype: str) -> Tensor:
     import numpy as np
 
     image = np.frombuffer(pixels, dtype).reshape(shape)
-    if image.ndim == 2:
+    if len(shape) == 2:
         return torch.tensor(image)[None]
-    if image.shape[-1] in (1, 3, 4):
+    if shape[-1] in (1, 3, 4):
         image = image.transpose(2, 0, 1)
-    elif image.shape[0] not in (1, 3, 4):
+    elif shape[0] not in (1, 3, 4):
         raise ConfigError(
             f"An image has shape {tuple(shape)}: neither the first nor the last axis can be its channels."
         )

