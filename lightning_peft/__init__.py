@@ -28,6 +28,7 @@ _HOME = {
     "lightning_peft.export": ("save_merged",),
     "lightning_peft.callbacks": ("PEFT", "MergeOnFitEnd", "TrainabilityCheck", "LogAdapter"),
     "lightning_peft.reload": ("load_from_checkpoint",),
+    "lightning_peft.data": ("TextDataModule", "ImageDataModule", "AudioDataModule"),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapted import Adapted, Delta
     from lightning_peft.callbacks import PEFT, LogAdapter, MergeOnFitEnd, TrainabilityCheck
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
+    from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
     from lightning_peft.errors import (
         CheckpointError,
         ConfigError,

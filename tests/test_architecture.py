@@ -35,13 +35,16 @@ LAYERS = [
     ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
     ["callbacks"],
     ["reload"],
+    ["data.loaders", "data.labels", "data.splits", "data.sources", "data.prompts"],
+    ["data.collate", "data.tokenise", "data.arrays", "data.base"],
+    ["data"],
     ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
     ["cli.run"],
     ["cli"],
     ["__main__"],
 ]
 HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload", "cli"}
+WITH_LIGHTNING = {"callbacks", "reload", "data", "cli"}
 
 
 def level(module: str) -> int:

@@ -1,0 +1,295 @@
+"""What the data modules share: splits, labels, loaders, and what they leave in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_peft.data.labels import as_indices, as_names, need_column, vocabulary
+from lightning_peft.data.loaders import BatchLoader, LengthGroupedBatches
+from lightning_peft.data.sources import split_name
+from lightning_peft.data.splits import carve, choose, first_of_each, size_of, take
+from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+_SPLIT_FIELDS = {"train": "train_split", "validation": "val_split", "test": "test_split"}
+ROW = "_row"
+
+
+class SplitDataModule(L.LightningDataModule):
+    """Base of the data modules; a subclass reads a source, prepares a split and names a collator.
+
+    After ``setup``, ``label_names`` lists the classes in the order of their numbers (None where there are none). It
+    is saved in every checkpoint and wins over the order found in the data when a checkpoint is loaded.
+    """
+
+    #: set by subclasses in __init__, see TextDataModule
+    data: Any
+    predict_data: Any
+    predict_split: str
+    split_names: dict[str, str | None]
+    label_column: str
+    label_names: list[str] | None
+    val_size: int | float
+    test_size: int | float
+    drop_duplicates: bool
+    max_train_samples: int | None
+    max_eval_samples: int | None
+    batch_size: int
+    eval_batch_size: int | None
+    group_by_length: bool
+    num_workers: int
+    seed: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._raw: dict[str, Dataset] = {}
+        self._ready: dict[str, Dataset] = {}
+        self._names_given = False
+
+    def _take_fields(self, given: Mapping[str, Any]) -> None:
+        """Fields of the constructor become attributes of the same names."""
+        for name, value in given.items():
+            setattr(self, name, value)
+        self.split_names = {split: getattr(self, field, None) for split, field in _SPLIT_FIELDS.items()}
+        self._names_given = self.label_names is not None
+        for name in ("batch_size", "eval_batch_size", "max_train_samples", "max_eval_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name}={value}: give at least 1.")
+
+    # what subclasses define
+
+    def read(self, data: Any) -> dict[str, Dataset]:
+        """Raw rows by split."""
+        raise NotImplementedError
+
+    def contents(self, rows: Dataset) -> list[Hashable]:
+        """What makes two rows exact duplicates of each other."""
+        raise NotImplementedError
+
+    def encode(self, rows: Dataset, split: str) -> Dataset:
+        """Rows ready for the collator, with a column ``length``."""
+        raise NotImplementedError
+
+    def collator(self, split: str) -> Any:
+        """What makes a batch of rows of a split."""
+        raise NotImplementedError
+
+    @property
+    def classifies(self) -> bool:
+        """Whether labels are classes."""
+        return True
+
+    # Lightning's hooks
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, split and encode what the stage needs, once."""
+        for split in _STAGES[getattr(stage, "value", stage) or "fit"]:
+            self._prepare(split)
+
+    def train_dataloader(self) -> BatchLoader:
+        """Shuffled batches; a run that resumes inside an epoch gets the rest of it."""
+        overfit = bool(getattr(self.trainer, "overfit_batches", 0))
+        return self._loader("train", self.batch_size, shuffle=not overfit, completed=self._completed)
+
+    def val_dataloader(self) -> BatchLoader | list:
+        """Batches in a fixed order; an empty list without validation rows."""
+        return self._loader("validation", self._eval_batch_size) if "validation" in self._ready else []
+
+    def test_dataloader(self) -> BatchLoader:
+        """Batches in a fixed order."""
+        return self._loader("test", self._eval_batch_size)
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Batches in the order of the rows, without labels, with ``meta``."""
+        loader = self._loader("predict", self._eval_batch_size, group_by_length=False, repeat=False)
+        steps = [step.rows for step in loader.batch_sampler.steps()]
+        # prediction writers of Lightning take row numbers from here
+        loader.batch_sampler = _IndexBatchSamplerWrapper(loader.batch_sampler)
+        loader.batch_sampler.seen_batch_indices = steps
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The order of the labels."""
+        return {"label_names": self.label_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the order of the labels the checkpoint was trained with.
+
+        Raises:
+            ConfigError: ``label_names`` were given and differ.
+        """
+        names = state_dict.get("label_names")
+        if names is None or names == self.label_names:
+            return
+        if self._names_given:
+            raise ConfigError(f"label_names={self.label_names}, but the checkpoint was trained with {names}.")
+        self.label_names = list(names)
+        ready, self._ready = list(self._ready), {}
+        for split in ready:
+            self._prepare(split)
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs a head needs: the number of classes, else None."""
+        return len(self.label_names) if self.label_names else None
+
+    # loaders
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.eval_batch_size or self.batch_size
+
+    def _loader(self, split: str, size: int, **options: Any) -> BatchLoader:
+        if split not in self._ready:
+            self._prepare(split)
+        rows = self._ready[split]
+        place = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
+        completed = options.pop("completed", None)
+        order = {"group_by_length": self.group_by_length, "shuffle": False, "seed": self.seed, **options}
+        ranks = {"rank": place.get("rank", 0), "world_size": place.get("num_replicas", 1)}
+        batches = LengthGroupedBatches(rows["length"][:], size, **order, **ranks)
+        return BatchLoader(rows, batches, self.collator(split), self.num_workers, completed if self.trainer else None)
+
+    def _completed(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+
+    # rows
+
+    def _prepare(self, split: str) -> None:
+        """Make a split ready; a missing validation split is no error, any other is."""
+        if split in self._ready:
+            return
+        rows = self._predicted() if split == "predict" else self._rows(split)
+        if rows is not None:
+            self._ready[split] = self.encode(rows, split)
+
+    def _rows(self, split: str) -> Dataset | None:
+        self._load()
+        if split in self._raw:
+            return self._raw[split]
+        if split == "validation":
+            return None
+        raise ConfigError(
+            f"data={self.data!r} has no {split} rows (splits: {', '.join(self._raw)}; {split}_size=0)."
+            f" Add a {split} file, or choose one of the source's splits with {split}_split."
+        )
+
+    def _predicted(self) -> Dataset:
+        if self.predict_data is None:
+            split = split_name(self.predict_split)
+            if split is None:
+                raise ConfigError(f"predict_split={self.predict_split!r}: choose train, validation or test.")
+            rows = self._rows(split)
+            if rows is None:
+                raise ConfigError(f"data={self.data!r} has no {split} rows to predict.")
+            return rows
+        found = {key: _numbered(rows) for key, rows in self.read(self.predict_data).items()}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        return self._pick(found, split_name(self.predict_split) or "test", self.predict_split) or found["train"]
+
+    def _load(self) -> None:
+        """Read the source, split it where it is not split, and settle the labels; once."""
+        if self._raw:
+            return
+        found = {key: _numbered(rows) for key, rows in self.read(self.data).items()}
+        named = {split: self._pick(found, split, self.split_names[split]) for split in ("train", "validation", "test")}
+        raw = {split: rows for split, rows in named.items() if rows is not None}
+        if not raw:
+            raise ConfigError(f"data={self.data!r} has the splits {', '.join(found)}; name one with train_split.")
+        self._raw = self._limited(self._split(raw))
+        if self.classifies and self.label_names is None:
+            split, rows = next(iter(self._raw.items()))
+            names = self._flat_names(rows, split)
+            self.label_names = _class_names(rows.features[self.label_column]) or vocabulary(names)
+
+    def _pick(self, found: Mapping[str, Dataset], split: str, name: str | None) -> Dataset | None:
+        """The source's split that serves as ``split``: by its name, else by the usual ones."""
+        if name is not None and name in found:
+            return found[name]
+        usual = [key for key in found if split_name(key) == split]
+        if name is not None and split_name(name) != split:
+            raise ConfigError(f"data={self.data!r} has no split {name!r}; it has {', '.join(found)}.")
+        return found[usual[0]] if usual else None
+
+    def _split(self, raw: dict[str, Dataset]) -> dict[str, Dataset]:
+        """Carve validation and test rows out of training rows where the source has none of its own."""
+        asked = {"validation": self.val_size, "test": self.test_size if len(raw) == 1 else 0}
+        if "train" not in raw or not any(size for split, size in asked.items() if split not in raw):
+            return raw
+        train = self._distinct(raw["train"])
+        fields = {"validation": "val_size", "test": "test_size"}
+        sizes = {s: size_of(size, len(train), fields[s]) for s, size in asked.items() if size and s not in raw}
+        by_class = self.classifies and not isinstance(train[0].get(self.label_column), list)
+        parts = carve(len(train), sizes, self.seed, self._flat_names(train, "train") if by_class else None)
+        how = ", every class its share" if by_class else ""
+        said = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
+        rank_zero_info(f"Split {len(train):,} rows: {said} (seed {self.seed}{how}).")
+        return {**raw, **{name: take(train, part) for name, part in parts.items()}}
+
+    def _distinct(self, rows: Dataset) -> Dataset:
+        if not self.drop_duplicates:
+            return rows
+        kept = first_of_each(self.contents(rows))
+        if len(kept) == len(rows):
+            return rows
+        rank_zero_info(f"{len(rows) - len(kept):,} exact duplicates dropped, {len(kept):,} rows left.")
+        return take(rows, kept)
+
+    def _limited(self, raw: dict[str, Dataset]) -> dict[str, Dataset]:
+        """Random subsets of splits that are larger than asked for."""
+        limited = {}
+        for split, rows in raw.items():
+            limit = self.max_train_samples if split == "train" else self.max_eval_samples
+            limited[split] = rows if limit is None or limit >= len(rows) else take(rows, self._subset(rows, limit))
+        return limited
+
+    def _subset(self, rows: Dataset, count: int) -> list[int]:
+        by_class = self.classifies and not isinstance(rows[0].get(self.label_column), list)
+        return choose(range(len(rows)), count, self.seed, self._flat_names(rows, "data") if by_class else None)
+
+    # labels
+
+    def _flat_names(self, rows: Dataset, split: str) -> list[str]:
+        """Label names of rows; those of all words one behind the other where labels are lists."""
+        need_column(self.label_column, rows.column_names, "label_column", f"The {split} data")
+        values, numbers = rows[self.label_column][:], rows[ROW][:]
+        if values and isinstance(values[0], list):
+            numbers = [number for number, tags in zip(numbers, values, strict=True) for _ in tags]
+            values = [tag for tags in values for tag in tags]
+        return as_names(values, numbers, split, _class_names(rows.features[self.label_column]))
+
+    def encoded_labels(self, rows: Dataset, split: str) -> list[int]:
+        """Class numbers of rows (flat, as `_flat_names`)."""
+        numbers = rows[ROW][:]
+        names = self._flat_names(rows, split)
+        if len(names) != len(numbers):
+            numbers = [n for n, tags in zip(numbers, rows[self.label_column][:], strict=True) for _ in tags]
+        return as_indices(names, self.label_names or [], numbers, split)
+
+    def with_numbers(self, rows: Dataset, split: str, lengths: list[int]) -> Dataset:
+        """Rows of files or arrays with ``length``, and with ``labels``, or ``_id`` where they are to be predicted."""
+        if split == "predict":
+            names = rows["file"][:] if "file" in rows.column_names else rows[ROW][:]
+            rows = rows.add_column("_id", [str(name) for name in names])
+        else:
+            rows = rows.add_column("labels", self.encoded_labels(rows, split))
+        return rows.add_column("length", lengths)
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """Names of a ``ClassLabel``, also of a list of them."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _numbered(rows: Dataset) -> Dataset:
+    """Rows with their number in the source, which messages and predictions name."""
+    return rows if ROW in rows.column_names else rows.add_column(ROW, list(range(len(rows))))

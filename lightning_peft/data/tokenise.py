@@ -1,0 +1,252 @@
+"""Rows of text to rows of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from lightning_peft.data.prompts import Prompts
+from lightning_peft.errors import ConfigError, PEFTError
+from lightning_peft.files import locate
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IGNORED = -100
+DEFAULT_MAX_LENGTH = 512
+
+
+def load_tokenizer(source: Any) -> Any:
+    """A tokenizer from a hub id, folder, ``pkg://`` path or GGUF file; an object is taken as it is.
+
+    One without a padding token pads with its end token (the attention mask hides it).
+
+    Raises:
+        ConfigError: nothing that can be loaded, or no token to pad with.
+    """
+    tokenizer = _from_source(source) if isinstance(source, str) else source
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"tokenizer={source!r} has neither a pad token nor an end token. Set tokenizer.pad_token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        rank_zero_info(f"The tokenizer has no pad token: {tokenizer.eos_token!r} pads.")
+    return tokenizer
+
+
+def _from_source(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        place = locate(source)
+        if place.suffix == ".gguf" and place.is_file():
+            return AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name)
+        return AutoTokenizer.from_pretrained(str(place) if place.exists() else source)
+    except (OSError, ValueError, KeyError, ImportError, PEFTError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"tokenizer={source!r} cannot be loaded: {reason}") from None
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which text of a row is read: a column, or a template over columns.
+
+    >>> Fields.of(None, "{title}: {body}\\nTopic:").split({"title": "Hi", "body": "you"})
+    ('Hi: you', '\\nTopic:')
+    """
+
+    pieces: tuple[tuple[str, str | None], ...]
+
+    @classmethod
+    def of(cls, column: str | None, template: str | None) -> Fields:
+        """From one of both; the template wins."""
+        if template is None:
+            return cls((("", column),))
+        try:
+            parsed = [(text, name) for text, name, _, _ in Formatter().parse(template)]
+        except ValueError as error:
+            raise ConfigError(f"template={template!r}: {error}.") from None
+        if not any(name for _, name in parsed):
+            raise ConfigError(f"template={template!r} names no column; write for example '{{text}}'.")
+        return cls(tuple(parsed))
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that are read."""
+        return [name for _, name in self.pieces if name]
+
+    def split(self, row: dict[str, Any]) -> tuple[str, str]:
+        """The row's text up to its last column (which may be cut), and the fixed text behind it (which may not)."""
+        last = max(i for i, (_, name) in enumerate(self.pieces) if name)
+        texts = [text + (str(row[name]) if name else "") for text, name in self.pieces]
+        return "".join(texts[: last + 1]), "".join(texts[last + 1 :])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Columns of a batch of rows to columns of token ids; the function that `datasets.Dataset.map` calls.
+
+    Gives ``input_ids``, ``token_type_ids`` where the model takes them, ``labels`` where the text is its own label,
+    ``length`` and ``cut`` (whether something was left out).
+    """
+
+    tokenizer: Any
+    task: str
+    max_length: int
+    fields: Fields
+    pair_column: str | None = None
+    answer_column: str | None = None
+    use_chat_template: bool = True
+    separator: str = "\n"
+    predict: bool = False
+
+    def __call__(self, columns: dict[str, list]) -> dict[str, list]:
+        count = len(next(iter(columns.values())))
+        rows = [{key: values[i] for key, values in columns.items()} for i in range(count)]
+        encode: dict[str, Callable[[list[dict]], dict[str, list]]] = {
+            "token-classification": self._words,
+            "causal-lm": self._causal,
+            "seq2seq-lm": self._seq2seq,
+        }
+        out = encode.get(self.task, self._plain)(rows)
+        out["length"] = [len(ids) for ids in out["input_ids"]]
+        return out
+
+    def key(self) -> str:
+        """Changes when the result would."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = _vocabulary(backend.to_str()) if backend is not None else repr(self.tokenizer)
+        options = {k: v for k, v in vars(self).items() if k != "tokenizer"}
+        chat = getattr(self.tokenizer, "chat_template", None)
+        return hashlib.sha256(repr((words, chat, options)).encode()).hexdigest()
+
+    def _plain(self, rows: list[dict]) -> dict[str, list]:
+        texts = ["".join(self.fields.split(row)) for row in rows]
+        pairs = [str(row[self.pair_column]) for row in rows] if self.pair_column else None
+        return self._columns(self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length))
+
+    def _columns(self, encoded: Any) -> dict[str, list]:
+        kept = [name for name in ("input_ids", "token_type_ids") if name in encoded]
+        return {**{name: encoded[name] for name in kept}, "cut": self._cut(encoded)}
+
+    def _cut(self, encoded: Any) -> list[bool]:
+        if encoded.encodings:
+            return [bool(row.overflowing) for row in encoded.encodings]
+        return [len(ids) >= self.max_length for ids in encoded["input_ids"]]  # a tokenizer in Python does not tell
+
+    def _words(self, rows: list[dict]) -> dict[str, list]:
+        words = [row[self.fields.columns[0]] for row in rows]
+        encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
+        out = self._columns(encoded)
+        if "labels" in rows[0]:
+            out["labels"] = [align(encoded.word_ids(i), row["labels"]) for i, row in enumerate(rows)]
+        elif self.predict:
+            out["word_ids"] = [encoded.word_ids(i) for i in range(len(rows))]
+        return out
+
+    def _causal(self, rows: list[dict]) -> dict[str, list]:
+        parts = [self.fields.split(row) for row in rows]
+        if self.answer_column is None:
+            return self._continued(["".join(part) for part in parts])
+        prompts = Prompts(self.tokenizer, self.max_length, self.use_chat_template, self.separator)
+        if self.predict:
+            encoded = [prompts.prompt(lead, tail) for lead, tail in parts]
+            return {"input_ids": [ids for ids, _ in encoded], "cut": [cut for _, cut in encoded]}
+        answers = [str(row[self.answer_column]) for row in rows]
+        triples = [prompts.with_answer(*part, answer) for part, answer in zip(parts, answers, strict=True)]
+        return {"input_ids": [t[0] for t in triples], "labels": [t[1] for t in triples], "cut": [t[2] for t in triples]}
+
+    def _continued(self, texts: list[str]) -> dict[str, list]:
+        """Text that is its own label, ended; in predict it is left open, to be continued."""
+        end = [] if self.predict or self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length - len(end))
+        cut = self._cut(encoded)
+        bare = [ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids for ids in encoded["input_ids"]]
+        ids = [row if short else row + end for row, short in zip(bare, cut, strict=True)]
+        return {"input_ids": ids, "cut": cut} | ({} if self.predict else {"labels": [list(row) for row in ids]})
+
+    def _seq2seq(self, rows: list[dict]) -> dict[str, list]:
+        parts = [self.fields.split(row) for row in rows]
+        prompts = Prompts(self.tokenizer, self.max_length, False, "")
+        texts = [prompts.fit(*part) for part in parts]
+        out = self._columns(self.tokenizer(texts, truncation=True, max_length=self.max_length))
+        shortened = [text != "".join(part) for text, part in zip(texts, parts, strict=True)]
+        out["cut"] = [cut or short for cut, short in zip(out["cut"], shortened, strict=True)]
+        out.pop("token_type_ids", None)
+        if not self.predict:
+            answers = [str(row[self.answer_column]) for row in rows]
+            targets = self.tokenizer(text_target=answers, truncation=True, max_length=self.max_length)
+            out["labels"] = targets["input_ids"]
+        return out
+
+
+def _vocabulary(written: str) -> str:
+    """A tokenizer without what using it leaves behind."""
+    return json.dumps({**json.loads(written), "truncation": None, "padding": None})
+
+
+def align(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """Tags of words to labels of tokens: on the first token of each word, -100 elsewhere.
+
+    >>> align([None, 0, 0, 1, None], [3, 4])
+    [-100, 3, -100, 4, -100]
+    """
+    pairs = zip(word_ids, [None, *word_ids[:-1]], strict=True)
+    return [IGNORED if word is None or word == before else tags[word] for word, before in pairs]
+
+
+def tokenise(rows: Dataset, encoder: Encoder, keep: Sequence[str], split: str, cache_dir: str | None) -> Dataset:
+    """Encode a table once, with a progress bar; in memory, or in a file under ``cache_dir`` that later runs find."""
+    from datasets import disable_progress_bars
+
+    drop = [name for name in rows.column_names if name not in keep]
+    # a fingerprint of our own: datasets would pickle the tokenizer for one, which depends on how often it was used
+    options: dict[str, Any] = {"keep_in_memory": True, "load_from_cache_file": False, "new_fingerprint": "memory"}
+    if cache_dir:
+        key = hashlib.sha256((_content(rows) + encoder.key()).encode()).hexdigest()[:16]
+        folder = locate(cache_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        options = {"cache_file_name": str(folder / f"{split}-{key}.arrow"), "new_fingerprint": key}
+    if rank_zero_only.rank != 0:
+        disable_progress_bars()
+    done = rows.map(encoder, batched=True, remove_columns=drop, desc=f"Tokenising {split}", **options)
+    cut = sum(done["cut"])
+    if cut * 100 >= len(done):
+        share = f"{cut:,} of {len(done):,} {split} rows ({cut / len(done):.0%})"
+        rank_zero_info(f"{share} are longer than max_length={encoder.max_length} tokens and were cut.")
+    return done
+
+
+class _Digest:
+    """A file that only remembers the hash of what is written to it."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.hash.update(content)
+        return len(content)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _content(rows: Dataset) -> str:
+    """A hash of the cells, whatever file they came from."""
+    import pyarrow as pa
+
+    digest = _Digest()
+    view = rows.with_format("arrow")
+    with pa.ipc.new_stream(pa.PythonFile(digest, mode="w"), view[:1].schema) as stream:
+        for start in range(0, len(rows), 10_000):
+            stream.write_table(view[start : start + 10_000].combine_chunks())
+    return digest.hash.hexdigest()
