@@ -29,12 +29,17 @@ LAYERS = [
     ["export"],
     ["callbacks.hooks", "callbacks.best"],
     ["callbacks.peft"],
-    ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
+    ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter", "callbacks.prediction_writer"],
     ["callbacks"],
     ["reload"],
+    ["tasks"],
+    ["loading", "losses", "modes", "optimization"],
+    ["batches", "metrics", "hyperparameters"],
+    ["predictions", "objectives"],
+    ["module"],
 ]
 HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload"}
+WITH_LIGHTNING = {"callbacks", "reload", "hyperparameters", "module"}
 
 
 def level(module: str) -> int:
