@@ -111,8 +111,9 @@ def _random(auto: Any, fields: Mapping[str, Any], task: Task, labels: Any, optio
         network = auto.from_config(config, **options)
     heads = head_names(network) if task.has_new_head else set()
     for name in heads:
-        if name.rpartition(".")[0] not in heads:
-            network.get_submodule(name).__dict__[NEW] = True
+        head = network.get_submodule(name)
+        if name.rpartition(".")[0] not in heads and any(True for _ in head.parameters()):
+            head.__dict__[NEW] = True
     return network.eval()
 
 
@@ -146,8 +147,8 @@ def _other_labels(network: nn.Module, source: str, labels: Any, new_heads: set[s
     import transformers
 
     place, extra = resolve(source)
-    theirs = transformers.AutoConfig.from_pretrained(place, **extra).id2label
-    theirs = [theirs[i] for i in sorted(theirs)]
+    named: dict[int, str] = transformers.AutoConfig.from_pretrained(place, **extra).id2label or {}
+    theirs = [named[i] for i in sorted(named)]
     if theirs == list(labels) or all(n.startswith("LABEL_") for n in theirs):
         return []
     return [f"The trained head of {source} stands for {theirs}; it is kept and now stands for {list(labels)}."]

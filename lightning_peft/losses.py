@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.errors import ConfigError
 
 IGNORE = -100
+_HALF = (torch.float16, torch.bfloat16)
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
 
 
@@ -33,6 +34,7 @@ class TokenLoss:
     def __init__(self, task: str) -> None:
         self.task = task
         self.trusted: bool | None = None
+        self.place = 0  # of the backbone among the candidates
 
     def __call__(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, int]:
         """inputs: without labels; labels: (batch, length). Returns the mean loss and the number of labels."""
@@ -41,10 +43,11 @@ class TokenLoss:
         keep = targets != IGNORE
         count = int(keep.sum())
         if self.trusted is None and count:
-            self.trusted = self._agrees(network, inputs, labels, keep)
+            self.trusted = self._try(network, inputs, labels, keep)
         if count and not self.trusted:
             return network(**inputs, labels=labels).loss, count
-        logits = picked_logits(network, self._backbone(network) if self.trusted else None, inputs, keep)
+        backbones = self._backbones(network)
+        logits = picked_logits(network, backbones[self.place] if self.trusted and backbones else None, inputs, keep)
         if not count:
             return logits.sum() * 0, 0  # transformers' mean over nothing is NaN, which would end the training
         return F.cross_entropy(logits.float().flatten(0, -2), targets[keep]), count
@@ -59,32 +62,35 @@ class TokenLoss:
                 inputs["decoder_input_ids"] = make(labels=labels)
         return inputs
 
-    def _backbone(self, network: nn.Module) -> nn.Module | None:
-        """The module whose output is one hidden state for each label."""
-        if type(network).__name__ == "OptimizedModule" or getattr(network, "_compiled_call_impl", None) is not None:
-            return None  # a compiled graph does not see hooks come and go
-        if self.task == "seq2seq-lm":
-            return network.get_decoder() if hasattr(network, "get_decoder") else None
-        return getattr(network, getattr(network, "base_model_prefix", "") or "-", None)
+    def _backbones(self, network: nn.Module) -> list[nn.Module]:
+        """Modules whose output may be one hidden state for each label; which one the head reads, a trial tells."""
+        compiled = type(network).__name__ == "OptimizedModule" or getattr(network, "_compiled_call_impl", None)
+        if compiled or getattr(getattr(network, "config", None), "output_router_logits", False):
+            return []  # a compiled graph does not see hooks come and go; routers add a term to the loss
+        base = getattr(network, getattr(network, "base_model_prefix", "") or "-", None)
+        decoder = network.get_decoder() if hasattr(network, "get_decoder") else None
+        wanted = [decoder] if self.task == "seq2seq-lm" else [base, decoder]
+        return [m for m in wanted if isinstance(m, nn.Module) and m is not network]
 
-    def _agrees(self, network: nn.Module, inputs: dict[str, Any], labels: Tensor, keep: Tensor) -> bool:
-        """Whether one row gives the model's own loss, without dropout."""
-        backbone = self._backbone(network)
-        if backbone is None or getattr(getattr(network, "config", None), "output_router_logits", False):
-            return False
+    def _try(self, network: nn.Module, inputs: dict[str, Any], labels: Tensor, keep: Tensor) -> bool:
+        """Whether one row gives the model's own loss, without dropout; settles the backbone."""
         i, rows = int(keep.sum(1).argmax()), len(labels)
         one = {k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in inputs.items()}
         row, where = labels[i : i + 1], keep[i : i + 1]
         targets = shifted(row) if self.task == "causal-lm" else row
-        try:
-            with torch.no_grad(), evaluating(network):
-                ours = F.cross_entropy(picked_logits(network, backbone, one, where)[0].float(), targets[where])
-                theirs = network(**one, labels=row).loss
-        except _FAILURES:
-            return False
-        half = next(network.parameters()).dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda")
-        half = half or torch.is_autocast_enabled("cpu")
-        return torch.allclose(ours, theirs.float(), rtol=5e-3 if half else 1e-4, atol=1e-6)
+        parameter = next(network.parameters())
+        half = parameter.dtype in _HALF or torch.is_autocast_enabled(parameter.device.type)
+        for place, backbone in enumerate(self._backbones(network)):
+            try:
+                with torch.no_grad(), evaluating(network):
+                    logits = picked_logits(network, backbone, one, where)[0]
+                    theirs = network(**one, labels=row).loss.float()
+            except _FAILURES:
+                continue
+            if torch.allclose(F.cross_entropy(logits.float(), targets[where]), theirs, rtol=5e-3 if half else 1e-4):
+                self.place = place
+                return True
+        return False
 
 
 def picked_logits(network: nn.Module, backbone: nn.Module | None, inputs: Mapping[str, Any], keep: Tensor) -> Tensor:
