@@ -9,9 +9,19 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_peft import PEFT, LoRA, TaskModule, TrainabilityCheck, inject, trainable_names
+from lightning_peft import (
+    PEFT,
+    LoRA,
+    TaskModule,
+    TrainabilityCheck,
+    inject,
+    load_from_checkpoint,
+    save_merged,
+    trainable_names,
+)
 from lightning_peft.errors import CheckpointError, ConfigError
 from tests.models import trainer
 from tests.task_cases import BERT, CASES, NAMES, WORDS, Data, tokenizer
@@ -121,6 +131,14 @@ def test_checkpoint_from_a_folder(tmp_path, monkeypatch):
     kept = trainer(tmp_path, PEFT(LoRA(r=2))).test(fresh, Data(SENTENCE), ckpt_path=str(file), verbose=False)
     assert kept == run.test(module, Data(SENTENCE), verbose=False)
     assert trainer(tmp_path).test(again, Data(SENTENCE), verbose=False) == kept  # no callback needed
+    generic = load_from_checkpoint(TaskModule, file).eval()
+    assert generic.predict_step(batch, 0) == module.predict_step(batch, 0)
+
+    save_merged(module, tmp_path / "merged")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert plain.config.label2id == {"red": 0, "green": 1, "blue": 2}
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(plain(**inputs).logits, module(**inputs).logits)
 
     other = transformers.BertModel(base.config)
     other.save_pretrained(tmp_path / "base")
@@ -279,6 +297,21 @@ def test_gradient_checkpointing_gives_the_same_step(tmp_path):
     with pytest.raises(ConfigError, match="Tiny does not support"):
         module = TaskModule(Tiny(), "custom", loss=squared, gradient_checkpointing=True)
         module.configure_model()
+
+
+def test_mixed_precision_and_what_loggers_get(tmp_path):
+    case = CASES["causal-lm"]
+    module, log = TaskModule(case.model, case.task, lr=1e-2), CSVLogger(tmp_path, name="", version="")
+    run = trainer(tmp_path, PEFT(LoRA(r=2)), max_epochs=2, precision="bf16-mixed", logger=log, log_every_n_steps=1)
+    run.fit(module, Data(case))
+    assert module.token_loss.trusted
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert {"train_loss", "train_loss_epoch", "train_perplexity", "val_loss", "val_perplexity"} <= set(
+        header.split(",")
+    )
+    at = header.split(",").index("train_loss")
+    assert sum(bool(row.split(",")[at]) for row in rows) == 8
+    assert "task: causal-lm" in (tmp_path / "hparams.yaml").read_text()
 
 
 def split(batch):
