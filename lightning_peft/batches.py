@@ -18,6 +18,19 @@ def is_note(key: str, value: Any) -> bool:
     return not isinstance(value, Tensor) or key in ("id", "idx", "index")
 
 
+def notes_of(batch: Any) -> dict[str, Any]:
+    """The fields of a batch for the reader, by name; those in a dict called ``meta`` as well.
+
+    >>> notes_of({"x": torch.ones(2), "meta": {"text": ["a", "b"]}})
+    {'text': ['a', 'b']}
+    """
+    if not isinstance(batch, Mapping):
+        return {}
+    notes = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in batch.items() if is_note(k, v)}
+    meta = notes.pop("meta", {})
+    return {**meta, **notes} if isinstance(meta, Mapping) else notes
+
+
 def inputs_of(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors that the network's ``forward`` names, without labels."""
     if not isinstance(batch, Mapping):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.batches import call, inputs_of, is_note
+from lightning_peft.batches import call, inputs_of, notes_of
 from lightning_peft.errors import ConfigError
 from lightning_peft.losses import IGNORE
 from lightning_peft.tasks import Task
@@ -94,9 +94,10 @@ def real_tokens(logits: Tensor, batch: Mapping[str, Any], tokenizer: Any) -> Ten
     """Which positions to report (batch, length)."""
     if "labels" in batch:
         return batch["labels"] != IGNORE
-    if "word_ids" in batch:
+    pieces = notes_of(batch).get("word_ids")
+    if pieces is not None:
         real = torch.zeros(logits.shape[:2], dtype=torch.bool)
-        for i, words in enumerate(batch["word_ids"]):
+        for i, words in enumerate(pieces):
             for j, word in enumerate(words):
                 real[i, j] = word is not None and (j == 0 or word != words[j - 1])
         return real
@@ -147,9 +148,7 @@ def plain_rows(outputs: Any) -> list[Row]:
 
 
 def echoed(batch: Any, rows: list[Row]) -> list[Row]:
-    """Put what identifies an example (fields that are no tensors, and ``id``) before its prediction."""
-    if not isinstance(batch, Mapping):
-        return rows
-    known = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in batch.items() if is_note(k, v)}
-    known = {k: v for k, v in known.items() if isinstance(v, (list, tuple)) and len(v) == len(rows) and k != "word_ids"}
+    """Put what identifies an example (the fields of the batch that are no tensors, and ``id``) before its prediction."""
+    known = {k: v for k, v in notes_of(batch).items() if isinstance(v, (list, tuple)) and len(v) == len(rows)}
+    known.pop("word_ids", None)
     return [{**{k: v[i] for k, v in known.items()}, **row} for i, row in enumerate(rows)]

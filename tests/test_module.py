@@ -98,8 +98,9 @@ def test_token_rows_without_labels():
     ids = torch.tensor([[2, 7, 8, 9, 3, 0]])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     assert module.predict_step(batch, 0)[0]["tokens"] == ["w2", "w3", "w4"]  # no special tokens
-    words = {**batch, "word_ids": [[None, 0, 0, 1, None, None]]}
-    assert module.predict_step(words, 0)[0]["tokens"] == ["w2", "w4"]  # the first piece of each word
+    words = {**batch, "meta": {"id": ["a"], "word_ids": [[None, 0, 0, 1, None, None]]}}
+    row = module.predict_step(words, 0)[0]
+    assert row["tokens"] == ["w2", "w4"] and row["id"] == "a" and "word_ids" not in row  # first piece of each word
 
 
 def test_label_names_come_from_the_data(tmp_path):
