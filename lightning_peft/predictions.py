@@ -148,7 +148,7 @@ def plain_rows(outputs: Any) -> list[Row]:
 
 
 def echoed(batch: Any, rows: list[Row]) -> list[Row]:
-    """Put what identifies an example (the fields of the batch that are no tensors, and ``id``) before its prediction."""
+    """Put what identifies an example (fields of the batch that are no tensors, and ``id``) before its prediction."""
     known = {k: v for k, v in notes_of(batch).items() if isinstance(v, (list, tuple)) and len(v) == len(rows)}
     known.pop("word_ids", None)
     return [{**{k: v[i] for k, v in known.items()}, **row} for i, row in enumerate(rows)]
