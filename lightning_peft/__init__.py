@@ -26,15 +26,16 @@ _HOME = {
     "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
     "lightning_peft.summary": ("summarize", "describe"),
     "lightning_peft.export": ("save_merged",),
-    "lightning_peft.callbacks": ("PEFT", "MergeOnFitEnd", "TrainabilityCheck", "LogAdapter"),
+    "lightning_peft.callbacks": ("PEFT", "MergeOnFitEnd", "TrainabilityCheck", "LogAdapter", "PredictionWriter"),
     "lightning_peft.reload": ("load_from_checkpoint",),
     "lightning_peft.data": ("TextDataModule", "ImageDataModule", "AudioDataModule"),
+    "lightning_peft.module": ("TaskModule",),
 }
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from lightning_peft.adapted import Adapted, Delta
-    from lightning_peft.callbacks import PEFT, LogAdapter, MergeOnFitEnd, TrainabilityCheck
+    from lightning_peft.callbacks import PEFT, LogAdapter, MergeOnFitEnd, PredictionWriter, TrainabilityCheck
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
     from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
     from lightning_peft.errors import (
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method
     from lightning_peft.methods import *  # noqa: F403
+    from lightning_peft.module import TaskModule
     from lightning_peft.reload import load_from_checkpoint
     from lightning_peft.summary import describe, summarize
     from lightning_peft.switching import disabled

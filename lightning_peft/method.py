@@ -154,6 +154,10 @@ class Method(ABC):
     def load_resume_state(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Take back what `resume_state` gave."""
 
+    def load_options(self) -> dict[str, Any]:
+        """Arguments for ``from_pretrained`` that the base must be loaded with (a quantisation): plain values."""
+        return {}
+
     # ---- identity --------------------------------------------------------------------------------------------------
     def config(self) -> dict[str, Any]:
         """The fields as plain values, ready for JSON and for ``weights_only`` checkpoints."""

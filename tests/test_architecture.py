@@ -32,19 +32,24 @@ LAYERS = [
     ["export"],
     ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
     ["callbacks.peft"],
-    ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
+    ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter", "callbacks.prediction_writer"],
     ["callbacks"],
     ["reload"],
     ["data.loaders", "data.labels", "data.splits", "data.sources", "data.prompts"],
     ["data.collate", "data.tokenise", "data.arrays", "data.base"],
     ["data"],
+    ["tasks"],
+    ["loading", "losses", "modes", "optimization"],
+    ["batches", "metrics", "hyperparameters"],
+    ["predictions", "objectives"],
+    ["module"],
     ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
     ["cli.run"],
     ["cli"],
     ["__main__"],
 ]
 HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload", "data", "cli"}
+WITH_LIGHTNING = {"callbacks", "reload", "data", "hyperparameters", "module", "cli"}
 
 
 def level(module: str) -> int:

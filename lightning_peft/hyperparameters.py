@@ -1,0 +1,96 @@
+"""What a `TaskModule` remembers of its arguments: plain values that rebuild it from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.optimization import check_warmup
+from lightning_peft.tasks import Task
+
+
+def unstorable(arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments that are objects; none under LightningCLI, which stores their configuration instead."""
+    return [] if _given_hyperparameters.get() else [k for k, v in arguments.items() if not is_plain(v)]
+
+
+def tidy(module: L.LightningModule, model: Any, model_kwargs: Mapping[str, Any] | None) -> None:
+    """Make the stored arguments valid everywhere: absolute paths, plain options, no objects."""
+    stored = module.hparams
+    for name in [k for k, v in stored.items() if not is_plain(v)]:  # objects among a subclass's own arguments
+        del stored[name]
+    stored.setdefault("model", None)
+    if isinstance(model, str) and "://" not in model and Path(model).expanduser().exists():
+        stored["model"] = str(Path(model).expanduser().absolute())
+    stored["model_kwargs"] = plain_options(model_kwargs or {})
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a checkpoint; code from a hub is allowed by the caller, never by a file.
+
+    >>> import torch
+    >>> plain_options({"dtype": torch.bfloat16, "trust_remote_code": True})
+    {'dtype': 'bfloat16'}
+    """
+    out = {}
+    for name, value in options.items():
+        value = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        value = value.to_dict() if hasattr(value, "to_dict") else value  # a quantisation config
+        if is_plain(value) and name != "trust_remote_code":
+            out[name] = value
+    return out
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a checkpoint can hold a value and be loaded with ``weights_only=True``."""
+    if isinstance(value, Mapping):
+        return all(isinstance(k, (str, int)) and is_plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(v) for v in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def check(task: Task, names: Sequence[str] | None, arguments: Mapping[str, Any]) -> None:
+    """Raise a `ConfigError` for arguments of a `TaskModule` that are wrong or exclude each other."""
+    a = arguments
+    check_warmup(a["warmup"])
+    for option, allowed in (("base_mode", ("train", "eval")), ("lr_interval", ("epoch", "step"))):
+        if a[option] not in allowed:
+            raise ConfigError(f"{option}={a[option]!r}: choose {' or '.join(map(repr, allowed))}.")
+    if a["gradient_checkpointing"] and a["base_mode"] == "eval":
+        raise ConfigError(
+            "gradient_checkpointing needs base_mode='train': transformers recomputes in train mode only. To train"
+            " without dropout in the base, set its dropout to 0 in model_kwargs."
+        )
+    if a["optimizer"] is not None and (a["lr"] is not None or a["weight_decay"]):
+        raise ConfigError("lr and weight_decay belong to the default optimizer; set them in `optimizer` instead.")
+    if a["lr_scheduler"] is not None and a["warmup"] is not None:
+        raise ConfigError("warmup belongs to the default schedule; give it or `lr_scheduler`, not both.")
+    if a["lr_scheduler"] is None and a["lr_interval"] != "epoch":
+        raise ConfigError("lr_interval belongs to `lr_scheduler`; the default schedule counts steps.")
+    if a["loss"] is not None and task.target != "custom":
+        raise ConfigError(f"loss is for task='custom'; {task.name} has its own.")
+    if task.target == "number" and names and len(names) != 1:
+        raise ConfigError(f"regression predicts one number; {len(names)} labels do not fit.")
+
+
+def numbered(names: Sequence[Any] | None, count: int | None) -> list[str] | None:
+    """Names of the labels, numbered where they have none.
+
+    >>> numbered(None, 2)
+    ['LABEL_0', 'LABEL_1']
+    """
+    if names is None:
+        return None if count is None else [f"LABEL_{i}" for i in range(count)]
+    names = [str(n) for n in names]
+    if count is not None and count != len(names):
+        raise ConfigError(f"num_labels={count}, but label_names holds {len(names)}: {', '.join(names)}. Give one.")
+    if len(set(names)) != len(names) or not names:
+        raise ConfigError(f"label_names={names!r}: there must be some, each once.")
+    return names

@@ -1,0 +1,285 @@
+"""A LightningModule for the usual tasks on any transformers model, and for any loss on any network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_peft.batches import check_labels
+from lightning_peft.callbacks.hooks import install
+from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.checkpoint import inject_from
+from lightning_peft.errors import ConfigError
+from lightning_peft.files import SECTION
+from lightning_peft.hyperparameters import check, numbered, plain_options, tidy, unstorable
+from lightning_peft.loading import label_names as names_in
+from lightning_peft.loading import load, load_tokenizer
+from lightning_peft.losses import TokenLoss
+from lightning_peft.metrics import stages
+from lightning_peft.modes import checkpoint_activations, train_mode
+from lightning_peft.objectives import custom_loss, task_loss
+from lightning_peft.optimization import build_optimizer, linear_schedule
+from lightning_peft.predictions import predict
+from lightning_peft.tasks import find_task
+from lightning_peft.trainable import find
+
+#: share of all steps the default schedule warms up for: LoRA, arXiv:2106.09685, table 9
+WARMUP = 0.06
+
+
+class TaskModule(L.LightningModule):
+    """Train, test and predict with a pretrained model; methods come from the `PEFT` callback.
+
+    Logs ``{train,val,test}_loss`` and, per task, accuracy and macro F1, MAE and Pearson's r, or perplexity. Batches
+    are dicts as transformers' tokenizers and processors give them, with ``labels``; fields that are no tensors are
+    not shown to the model but repeated in predictions. With ``task="custom"`` a dict gives ``forward`` the fields it
+    names, a tuple its all but last elements (the last is the target), anything else goes in as it is.
+
+    The network is built in ``configure_model`` as ``self.model``. What rebuilds it is in the hyper-parameters, so
+    ``TaskModule.load_from_checkpoint(path)`` works on adapter checkpoints, without a Trainer. A network given as an
+    object cannot be rebuilt: ``TaskModule.load_from_checkpoint(path, model=network)``.
+
+    Args:
+        model: hub id, folder, GGUF file (both also ``pkg://PACKAGE/PATH``), a network, or the fields of a
+            transformers configuration with its ``model_type``, for a network with (reproducible) random weights.
+        task: ``sequence-classification``, ``regression``, ``token-classification``, ``causal-lm``, ``masked-lm``,
+            ``seq2seq-lm``, ``image-classification``, ``audio-classification`` or ``custom``.
+        num_labels: number of classes, where they have no names.
+        label_names: the classes; by default those of the data module, else of the checkpoint.
+        optimizer: by default AdamW at the method's own rate.
+        lr_scheduler: by default linear warm-up and decay, over optimizer steps.
+        lr_interval: whether ``lr_scheduler`` counts epochs or optimizer steps.
+        lr: replaces the method's rate in the default optimizer.
+        weight_decay: of the default optimizer.
+        warmup: optimizer steps (int) or share of them (float; 0.06 by default) of the default schedule.
+        gradient_checkpointing: recompute activations in backward: less memory, more time.
+        base_mode: ``train`` (dropout in the base is on, as in full fine-tuning) or ``eval`` (only what trains drops).
+        loss: for ``custom``: a function of (outputs, batch), or its import path. Gives the loss, or a dict with
+            ``loss`` and further values to log.
+        model_kwargs: for ``from_pretrained``: ``dtype``, ``attn_implementation``, …
+        tokenizer: the tokenizer or its source, for predictions; by default the data module's, else the model's.
+        generate: options of ``generate`` in predictions, e.g. ``{"max_new_tokens": 32}``.
+
+    Raises:
+        ConfigError: an unknown task, a model that is not there, options that exclude each other.
+
+    >>> from lightning_peft import TaskModule
+    >>> tiny = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> module = TaskModule(tiny, "sequence-classification", label_names=["no", "yes"])
+    >>> module.configure_model(); module.label_names
+    ['no', 'yes']
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module | dict[str, Any] | None,
+        task: str,
+        num_labels: int | None = None,
+        label_names: list[str] | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        warmup: int | float | None = None,
+        gradient_checkpointing: bool = False,
+        base_mode: Literal["train", "eval"] = "train",
+        loss: Callable[..., Any] | str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+        generate: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.task = find_task(task)
+        self.label_names = numbered(label_names, num_labels)
+        check(self.task, self.label_names, locals())
+        self.save_hyperparameters(ignore=unstorable(locals()), logger=False)
+        tidy(self, model, model_kwargs)
+        self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
+        self.custom_loss, self.generate = loss, generate or {}
+        self.load_options = dict(model_kwargs or {})
+        self.tokenizer = None if isinstance(tokenizer, str) else tokenizer
+        self.token_loss = TokenLoss(task)
+        self.metrics: nn.ModuleDict | None = None
+        given = isinstance(model, nn.Module)
+        self.source = None if given else self.hparams["model"]
+        self.model: nn.Module | None = model if given else None
+
+    # ---- building --------------------------------------------------------------------------------------------------
+    def configure_model(self) -> None:
+        """Build the network, once; label names come from the data module where none are given."""
+        if self.metrics is not None:
+            return
+        self._ask_data()
+        if self.model is None:
+            self.model = self._load()
+        if self.task.target in ("class", "token"):
+            self._settle_labels(self.model)
+        if self.hparams.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        self._set_padding(self.model)
+        self.metrics = stages(self.task, len(self.label_names or []))
+
+    def _load(self) -> nn.Module:
+        if self.source is None:
+            raise ConfigError(
+                "model is missing. A checkpoint of a network given as an object does not hold the network:"
+                " TaskModule.load_from_checkpoint(path, model=network)."
+            )
+        callbacks = self._trainer.callbacks if self._trainer is not None else []
+        for method in [m for c in callbacks if isinstance(c, PEFT) for m in c.methods or []]:
+            self.load_options = {**method.load_options(), **self.load_options}
+        self.hparams["model_kwargs"] = plain_options(self.load_options)
+        network, said = load(self.source, self.task, self.label_names, self.load_options)
+        for line in said if self._trainer is not None else []:  # a reload fills a new head at once
+            rank_zero_info(line)
+        return network
+
+    def _ask_data(self) -> None:
+        """Take label names from the data module, and make sure that it prepares this task."""
+        data = self._data()
+        task, names = getattr(data, "task", None), getattr(data, "label_names", None)
+        if isinstance(task, str) and task != self.task.name:
+            raise ConfigError(f"The model has task={self.task.name!r}, the data module task={task!r}; make them equal.")
+        if not names or self.task.target not in ("class", "token"):
+            return
+        if self.label_names is None:
+            self.label_names = [str(n) for n in names]
+        elif len(self.label_names) < len(names):
+            raise ConfigError(
+                f"The model has {len(self.label_names)} labels, the data {len(names)}: {', '.join(map(str, names))}."
+                " Leave out num_labels and label_names to take those of the data."
+            )
+
+    def _settle_labels(self, network: nn.Module) -> None:
+        known = names_in(network)
+        self.label_names = self.label_names or known
+        if self.label_names is None or (known and len(known) != len(self.label_names)):
+            raise ConfigError(
+                f"{type(network).__name__} puts out {len(known) if known else 'an unknown number of'} labels,"
+                f" {len(self.label_names or [])} are named. Give it a head for them, and label_names=[...]."
+            )
+        self.hparams["label_names"], self.hparams["num_labels"] = list(self.label_names), len(self.label_names)
+
+    def _set_padding(self, network: nn.Module) -> None:
+        """Decoders with a classifier on top must know the padding token to find the last real one."""
+        config = getattr(network, "config", None)
+        tokenizer = self.tokenizer or getattr(self._data(), "tokenizer", None)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        if config is None or pad is None or getattr(config, "pad_token_id", None) is not None:
+            return
+        config.pad_token_id = pad
+        if isinstance(self.source, str):
+            self.hparams["model_kwargs"] = {**self.hparams.model_kwargs, "pad_token_id": pad}
+
+    def _data(self) -> Any:
+        return self._trainer.datamodule if self._trainer is not None else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adapt the network as the checkpoint describes, if nothing else has; the strict load follows."""
+        if SECTION in checkpoint and find(self) is None:
+            inject_from(self, checkpoint[SECTION], "The checkpoint")
+            install(self, checkpoint[SECTION].get("save", "trainable"))
+            self.on_load_checkpoint(checkpoint)  # now the installed hook, which compares and makes way
+
+    # ---- training --------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network."""
+        self.configure_model()
+        return self.model(*args, **kwargs)
+
+    def on_fit_start(self) -> None:
+        """Choose train or eval mode for the base, and say so."""
+        rank_zero_info(train_mode(self.model, self.hparams.base_mode))
+        if self.hparams.base_mode == "eval":  # asked for, so no news
+            warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
+        for logger in self.loggers:
+            logger.log_hyperparams({k: v for k, v in self.hparams.items() if not k.startswith("_")})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step; logs ``train_loss`` per step and ``train_loss_epoch`` and the metrics per epoch."""
+        loss, count = self._step(batch, "train")
+        self.log("train_loss", loss, prog_bar=True, batch_size=count)
+        self.log("train_loss_epoch", loss, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``val_loss`` and the metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs ``test_loss`` and the metrics."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        loss, count = self._step(batch, stage)
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def _step(self, batch: Any, stage: str) -> tuple[Tensor, int]:
+        options = {"on_step": False, "on_epoch": True, "prog_bar": stage == "val"}
+        if self.task.target == "custom":
+            loss, count, values = custom_loss(self.custom_loss, self.model, batch)
+            values = {f"{stage}_{name}": value for name, value in values.items()}
+            self.log_dict(values, batch_size=count, sync_dist=True, **options)
+            return loss, count
+        loss, count, seen = task_loss(self.task, self.model, batch, self.token_loss)
+        metrics = self.metrics[f"{stage}_"]
+        metrics.update(*seen)
+        self.log_dict(metrics, batch_size=count, **options)
+        return loss, count
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse labels outside the label set while they are on the CPU: a GPU would only say that an assert failed."""
+        if self.task.target in ("class", "token"):
+            check_labels(batch, self.label_names or [])
+        return batch
+
+    def configure_optimizers(self) -> Any:
+        """The user's factories over what trains, or the method's own settings with warm-up and linear decay."""
+        if self.optimizer_factory is not None:
+            optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        else:
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+            optimizer = build_optimizer(self, self.hparams.lr, self.hparams.weight_decay, scaled=scaled)
+        return {"optimizer": optimizer, "lr_scheduler": self._schedule(optimizer)}
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        if self.scheduler_factory is None:
+            warmup = WARMUP if self.hparams.warmup is None else self.hparams.warmup
+            schedule = linear_schedule(optimizer, warmup, self.trainer.estimated_stepping_batches)
+            return {"scheduler": schedule, "interval": "step"}
+        schedule = self.scheduler_factory(optimizer)
+        settings = {"scheduler": schedule, "interval": self.hparams.lr_interval}
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            settings["monitor"] = getattr(schedule, "monitor", "val_loss")
+        return settings
+
+    # ---- predictions -----------------------------------------------------------------------------------------------
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """One dict for each example: what the batch says of it, and the prediction.
+
+        ``label``, ``score`` and ``scores`` for classes; ``value``; ``labels`` and ``scores`` of the real tokens;
+        ``generated`` text; ``text`` with the masks filled in; or ``output`` of a custom network.
+        """
+        return predict(self.task, self.model, batch, self.label_names, self.find_tokenizer, self.generate)
+
+    def find_tokenizer(self, needed: bool = True) -> Any:
+        """The tokenizer given, that of the data module, or that of the model's source.
+
+        Raises:
+            ConfigError: there is none, and it is needed.
+        """
+        self.tokenizer = self.tokenizer or getattr(self._data(), "tokenizer", None)
+        name = self.hparams.get("tokenizer") or self.source
+        if self.tokenizer is None and isinstance(name, str):
+            self.tokenizer = load_tokenizer(name)
+        if self.tokenizer is None and needed:
+            raise ConfigError(f"{self.task.name} predictions need a tokenizer, {name!r} has none: give tokenizer=... .")
+        return self.tokenizer
