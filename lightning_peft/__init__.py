@@ -65,7 +65,9 @@ def __getattr__(name: str) -> Any:
     try:
         value = getattr(import_module(home), name)
     except AttributeError:
-        raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}") from None
+        near = {n.lower(): n for n in __dir__()}.get(name.lower())
+        hint = f". Did you mean {near!r}?" if near else ""
+        raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}{hint}") from None
     globals()[name] = value
     return value
 

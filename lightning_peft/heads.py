@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from torch import nn
 
@@ -58,6 +59,7 @@ def resolve_modules(root: nn.Module, patterns: list[str], prefix: str = "") -> l
 def new_modules(root: nn.Module) -> list[str]:
     """Modules whose values come from no checkpoint: from_pretrained did not fill them, or our code added them."""
     fresh: list[str] = []
+    _warn_of_lost_marks(root)
     loaded = any(_filled(p) for p in root.parameters())
     for name, module in root.named_modules():
         if not name or any(name.startswith(f + ".") for f in fresh):
@@ -67,6 +69,20 @@ def new_modules(root: nn.Module) -> list[str]:
         if module.__dict__.get(NEW) or (unfilled and _within_pretrained(root, name)):
             fresh.append(name)
     return fresh
+
+
+def _warn_of_lost_marks(root: nn.Module) -> None:
+    """A deep copy of a loaded model has lost transformers' marks, so a new head in it looks like a loaded one."""
+    heads = head_names(root)
+    path = getattr(getattr(root, "config", None), "_name_or_path", "")
+    if path and heads and not any(_filled(p) for p in root.parameters()) and any(True for _ in root.parameters()):
+        tops = sorted({h.split(".")[0] for h in heads if any(True for _ in root.get_submodule(h).parameters())})
+        if tops:
+            warnings.warn(
+                f"{type(root).__name__} from {path} does not say which of its weights were loaded (a copy loses that),"
+                f" so {', '.join(tops)} stays frozen. If it is new, name it: modules_to_save={tops}.",
+                stacklevel=2,
+            )
 
 
 def _filled(parameter: nn.Parameter) -> bool:

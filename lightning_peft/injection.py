@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.errors import ConfigError, NoMatchError
+from lightning_peft.fields import settle
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
@@ -29,23 +31,24 @@ Methods = Method | Sequence[Method]
 def inject(model: nn.Module, method: Methods) -> None:
     """Freeze the model, put the method's parameters in, and thaw what trains in full. In place.
 
-    A second call with an equal method does nothing. Random numbers come from the method's own seed; the global
-    generators are left alone.
+        A second call with an equal method does nothing. Random numbers come from the method's own seed; the global
+        generators are left alone.
 
-    Args:
-        model: a LightningModule or any network.
-        method: one method or several; several must not adapt the same module.
+        Args:
+            model: a LightningModule or any network.
+            method: one method or several; several must not adapt the same module.
 
-    Raises:
-        NoMatchError: a pattern matches nothing.
-        ConfigError: the methods collide, or another method is in the model already.
+        Raises:
+            NoMatchError: a pattern matches nothing.
+            ConfigError: the methods collide, or another method is in the model already.
 
-    >>> from torch import nn
-    >>> from lightning_peft import LoRA, inject, summarize
-    >>> net = nn.Sequential(nn.Linear(8, 8))
-    >>> inject(net, LoRA(r=1))
-    >>> summarize(net)["trainable"]
-    16
+        >>> from torch import nn
+    from torch.nn.parameter import UninitializedParameter
+        >>> from lightning_peft import LoRA, inject, summarize
+        >>> net = nn.Sequential(nn.Linear(8, 8))
+        >>> inject(net, LoRA(r=1))
+        >>> summarize(net)["trainable"]
+        16
     """
     methods = as_methods(method)
     found = find(model)
@@ -77,6 +80,7 @@ def place(
     new: list[str],
 ) -> None:
     """Inject at modules that are already chosen (by patterns, or by the names in a checkpoint)."""
+    _check_shapes(root)
     targets = [_outside(m, chosen, saved) for m, chosen in zip(methods, targets, strict=True)]
     _check_overlap(methods, targets)
     thawed = _thawed(root, methods, targets, saved)
@@ -108,11 +112,12 @@ def place(
 def unload(model: nn.Module) -> None:
     """Give back the untouched base: original modules, names, values and ``requires_grad`` flags.
 
-    >>> from torch import nn
-    >>> from lightning_peft import LoRA, inject, unload
-    >>> net = nn.Sequential(nn.Linear(8, 8))
-    >>> inject(net, LoRA()); unload(net); list(net.state_dict())
-    ['0.weight', '0.bias']
+        >>> from torch import nn
+    from torch.nn.parameter import UninitializedParameter
+        >>> from lightning_peft import LoRA, inject, unload
+        >>> net = nn.Sequential(nn.Linear(8, 8))
+        >>> inject(net, LoRA()); unload(net); list(net.state_dict())
+        ['0.weight', '0.bias']
     """
     injection, _, root = require(model)
     refuse_complete(injection, "unload")
@@ -143,6 +148,8 @@ def as_methods(method: Methods) -> list[Method]:
             f"Expected a method such as LoRA(r=8), or a list of methods; got {method!r}."
             " `lightning-peft methods` lists them."
         )
+    for m in methods:
+        settle(m)
     return methods
 
 
@@ -195,6 +202,12 @@ def _check_same(injection: Injection, methods: list[Method]) -> None:
         f"The model is adapted already, by {injection.methods}; it cannot take {methods} on top."
         " Call unload(model) or build the model again; give several methods at once as a list."
     )
+
+
+def _check_shapes(root: nn.Module) -> None:
+    for name, parameter in root.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ConfigError(f"{name} is lazy and has no shape yet; run the model on a batch before injection.")
 
 
 def _check_overlap(methods: list[Method], targets: list[dict[str, nn.Module]]) -> None:

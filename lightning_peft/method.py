@@ -26,11 +26,11 @@ import dataclasses
 import hashlib
 from abc import ABC
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.adapted import Adapted
 from lightning_peft.errors import ConfigError
@@ -112,9 +112,6 @@ class Method(ABC):
 
     def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Put the method into the model in place. Returns what stands at each target's name now."""
-        for name, module in targets.items():
-            if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
-                raise ConfigError(f"{name} ({type(module).__name__}) has no shape yet; run the model on a batch first.")
         wrapped = {name: self.wrap(module, name) for name, module in targets.items()}
         replace(model, wrapped)
         self.connect(model, wrapped)
@@ -193,7 +190,7 @@ def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> None:
 
 def check_number(owner: str, field: str, value: float, low: float, *, high: float | None = None) -> None:
     """Raise a `ConfigError` unless ``low <= value (<= high)``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"{owner}({field}={value!r}): {field} must be a number, not {type(value).__name__}.")
     if not low <= value or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"

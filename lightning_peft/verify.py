@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.fields import settle
 from lightning_peft.files import SECTION
 from lightning_peft.fingerprint import difference
 from lightning_peft.method import Method, registry
@@ -56,7 +57,9 @@ def method_from(entry: Mapping[str, Any], where: str) -> Method:
     if kind is None:
         raise CheckpointError(f"{where} uses the method {entry['type']!r}, unknown here. Known: {', '.join(kinds)}.")
     try:
-        return kind(**entry["config"])
+        method = kind(**entry["config"])
+        settle(method)
+        return method
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {error}") from error
 

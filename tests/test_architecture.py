@@ -21,7 +21,7 @@ LAYERS = [
     ["match"],
     ["heads"],
     ["method"],
-    ["lowrank", "trainable", "fingerprint", "files"],
+    ["lowrank", "trainable", "fingerprint", "files", "fields"],
     ["methods"],
     ["switching"],
     ["injection"],
@@ -142,5 +142,5 @@ def test_methods_and_configs_agree(root):
 def test_public_names_exist():
     for name in dir(lightning_peft):
         getattr(lightning_peft, name)
-    with pytest.raises(AttributeError, match="no attribute 'LORA'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'LORA'\. Did you mean 'LoRA'"):
         lightning_peft.LORA  # noqa: B018
