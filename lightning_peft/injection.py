@@ -43,7 +43,6 @@ def inject(model: nn.Module, method: Methods) -> None:
             ConfigError: the methods collide, or another method is in the model already.
 
         >>> from torch import nn
-    from torch.nn.parameter import UninitializedParameter
         >>> from lightning_peft import LoRA, inject, summarize
         >>> net = nn.Sequential(nn.Linear(8, 8))
         >>> inject(net, LoRA(r=1))
@@ -113,7 +112,6 @@ def unload(model: nn.Module) -> None:
     """Give back the untouched base: original modules, names, values and ``requires_grad`` flags.
 
         >>> from torch import nn
-    from torch.nn.parameter import UninitializedParameter
         >>> from lightning_peft import LoRA, inject, unload
         >>> net = nn.Sequential(nn.Linear(8, 8))
         >>> inject(net, LoRA()); unload(net); list(net.state_dict())
