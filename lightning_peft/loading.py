@@ -147,7 +147,7 @@ def _other_labels(network: nn.Module, source: str, labels: Any, new_heads: set[s
     import transformers
 
     place, extra = resolve(source)
-    named: dict[int, str] = transformers.AutoConfig.from_pretrained(place, **extra).id2label or {}
+    named: Any = transformers.AutoConfig.from_pretrained(place, **extra).id2label or {}
     theirs = [named[i] for i in sorted(named)]
     if theirs == list(labels) or all(n.startswith("LABEL_") for n in theirs):
         return []

@@ -107,10 +107,10 @@ class TaskModule(L.LightningModule):
         self.load_options = dict(model_kwargs or {})
         self.tokenizer = None if isinstance(tokenizer, str) else tokenizer
         self.token_loss = TokenLoss(task)
-        self.metrics: nn.ModuleDict | None = None
+        self.metrics: Any = None  # a ModuleDict once the labels are known
         given = isinstance(model, nn.Module)
         self.source = None if given else self.hparams["model"]
-        self.model: nn.Module | None = model if given else None
+        self.model: Any = model if given else None
 
     # ---- building --------------------------------------------------------------------------------------------------
     def configure_model(self) -> None:
@@ -229,17 +229,13 @@ class TaskModule(L.LightningModule):
             values = {f"{stage}_{name}": value for name, value in values.items()}
             self.log_dict(values, batch_size=count, sync_dist=True, **options)
             return loss, count
+        if self.task.target in ("class", "token") and (self.current_epoch == 0 or not self.training):
+            check_labels(batch, self.label_names or [])  # waits for the GPU, and an epoch has shown them all
         loss, count, seen = task_loss(self.task, self.model, batch, self.token_loss)
         metrics = self.metrics[f"{stage}_"]
         metrics.update(*seen)
         self.log_dict(metrics, batch_size=count, **options)
         return loss, count
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse labels outside the label set while they are on the CPU: a GPU would only say that an assert failed."""
-        if self.task.target in ("class", "token"):
-            check_labels(batch, self.label_names or [])
-        return batch
 
     def configure_optimizers(self) -> Any:
         """The user's factories over what trains, or the method's own settings with warm-up and linear decay."""

@@ -374,7 +374,7 @@ def test_wrong_batches(tmp_path):
     module.configure_model()
     batch = next(iter(SENTENCE.loader()))
     with pytest.raises(ConfigError, match="has the label 2, but the labels go from 0 to 1"):
-        module.on_before_batch_transfer(batch, 0)
+        module.training_step(batch, 0)
     with pytest.raises(ConfigError, match="no 'labels', only: input_ids"):
         module.training_step({"input_ids": batch["input_ids"]}, 0)
     with pytest.raises(ConfigError, match="give a function"):
