@@ -31,23 +31,23 @@ Methods = Method | Sequence[Method]
 def inject(model: nn.Module, method: Methods) -> None:
     """Freeze the model, put the method's parameters in, and thaw what trains in full. In place.
 
-        A second call with an equal method does nothing. Random numbers come from the method's own seed; the global
-        generators are left alone.
+    A second call with an equal method does nothing. Random numbers come from the method's own seed; the global
+    generators are left alone.
 
-        Args:
-            model: a LightningModule or any network.
-            method: one method or several; several must not adapt the same module.
+    Args:
+        model: a LightningModule or any network.
+        method: one method or several; several must not adapt the same module.
 
-        Raises:
-            NoMatchError: a pattern matches nothing.
-            ConfigError: the methods collide, or another method is in the model already.
+    Raises:
+        NoMatchError: a pattern matches nothing.
+        ConfigError: the methods collide, or another method is in the model already.
 
-        >>> from torch import nn
-        >>> from lightning_peft import LoRA, inject, summarize
-        >>> net = nn.Sequential(nn.Linear(8, 8))
-        >>> inject(net, LoRA(r=1))
-        >>> summarize(net)["trainable"]
-        16
+    >>> from torch import nn
+    >>> from lightning_peft import LoRA, inject, summarize
+    >>> net = nn.Sequential(nn.Linear(8, 8))
+    >>> inject(net, LoRA(r=1))
+    >>> summarize(net)["trainable"]
+    16
     """
     methods = as_methods(method)
     found = find(model)
@@ -111,11 +111,11 @@ def place(
 def unload(model: nn.Module) -> None:
     """Give back the untouched base: original modules, names, values and ``requires_grad`` flags.
 
-        >>> from torch import nn
-        >>> from lightning_peft import LoRA, inject, unload
-        >>> net = nn.Sequential(nn.Linear(8, 8))
-        >>> inject(net, LoRA()); unload(net); list(net.state_dict())
-        ['0.weight', '0.bias']
+    >>> from torch import nn
+    >>> from lightning_peft import LoRA, inject, unload
+    >>> net = nn.Sequential(nn.Linear(8, 8))
+    >>> inject(net, LoRA()); unload(net); list(net.state_dict())
+    ['0.weight', '0.bias']
     """
     injection, _, root = require(model)
     refuse_complete(injection, "unload")

@@ -4,40 +4,63 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 
-def explain(message: str, classes: dict[str, list[str]], options: Iterable[str]) -> str:
+def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[str]]) -> str:
     """Shorten a jsonargparse message.
 
     Args:
         message: what jsonargparse says, often many lines.
         classes: known class names by the key they may stand at.
-        options: every option name that our classes take.
+        options: option names by class name; those of the command itself at ``""``.
 
     >>> text = 'Parser key "peft":\\n  Errors:\\n    - Expected a dot import path string: LORA'
-    >>> explain(text, {"peft": ["LoRA", "DoRA"]}, [])
+    >>> explain(text, {"peft": ["LoRA", "DoRA"]}, {})
     "peft: unknown class 'LORA'. Did you mean LoRA? Known: LoRA, DoRA."
-    >>> explain("Option 'rnak' is not accepted", {}, ["rank", "alpha"])
-    "Option 'rnak' is not accepted. Did you mean 'rank'?"
+    >>> text = "Problem with given class_path 'lightning_peft.LoRA':\\n  Option 'rank' is not accepted"
+    >>> explain(text, {}, {"LoRA": ["r", "alpha"]})
+    "LoRA has no option 'rank'. It has: r, alpha."
     """
-    key = _key(message)
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    key = ".".join(dict.fromkeys([keys[0], keys[-1]])) if keys else ""
+    inner = message[message.rindex("Parser key") :] if keys else message  # the innermost of nested reports
     unknown = re.search(r"Expected a dot import path string: (\S+)", message)
     if unknown:
         return _unknown_class(key, unknown[1], classes)
-    option = re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", message)
+    option = re.search(r"(?:Option|[Kk]ey) '([^']+)' is not (?:accepted|expected)", message)
     if option:
-        return _unknown_option(key, option[1], options)
+        return _unknown_option(key, option[1], message, options)
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
     if missing:
         return f"{key + ': ' if key else ''}the file {missing[1]} does not exist."
-    value = re.search(r"Expected an? (.+?)\. Got value: (.+)", message)
-    if value:
-        return f"{key}: expected {_type(value[1])}, got {value[2].strip()!r}."
-    union = re.search(r"Subtypes: \[(.+)\].*Given value: (.+)", message, re.DOTALL)
-    if union:
-        return f"{key}: expected {_type(union[1])}, got {union[2].strip()!r}."
-    return _shortest(message)
+    value = re.search(r"Expected an? (.+?)\. Got value: (.+)", inner)
+    union = re.search(r"Subtypes: \[(.+?)\]\s.*?Given value: ([^\n]+)", inner, re.DOTALL)
+    found = value or union
+    return f"{key}: expected {_type(found[1])}, got {found[2].strip()!r}." if found else _shortest(message)
+
+
+def _unknown_class(key: str, name: str, classes: Mapping[str, Sequence[str]]) -> str:
+    known = classes.get(key.split(".")[-1], [])
+    hint = _near(name, known)
+    listed = f" Known: {', '.join(known)}." if known else " Give a short class name or a full import path."
+    return f"{key or 'class_path'}: unknown class {name!r}.{hint}{listed}"
+
+
+def _unknown_option(key: str, name: str, message: str, options: Mapping[str, Sequence[str]]) -> str:
+    owner = re.search(r"Problem with given class_path '([\w.]+)'", message)
+    kind = owner[1].rsplit(".", 1)[-1] if owner else ""
+    known = list(options.get(kind) or [n for names in options.values() for n in names])
+    hint = _near(name.split(".")[-1], known)
+    if kind and kind in options:
+        return f"{kind} has no option {name!r}.{hint} It has: {', '.join(known)}."
+    return f"{key + ': ' if key else ''}Option {name!r} is not accepted.{hint or ' See --help.'}"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    return f" Did you mean {lower[near[0]]}?" if near else ""
 
 
 def _type(text: str) -> str:
@@ -53,28 +76,6 @@ def _type(text: str) -> str:
     return " or ".join(part.strip().rsplit(".", 1)[-1] for part in names.split(", "))
 
 
-def _unknown_class(key: str, name: str, classes: dict[str, list[str]]) -> str:
-    leaf = key.split(".")[-1] if key else ""
-    known = classes.get(leaf, [])
-    lower = {k.lower(): k for k in known}
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    hint = f" Did you mean {lower[near[0]]}?" if near else ""
-    listed = f" Known: {', '.join(known)}." if known else " Give a short class name or a full import path."
-    return f"{key or 'class_path'}: unknown class {name!r}.{hint}{listed}"
-
-
-def _unknown_option(key: str, name: str, options: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.split(".")[-1], sorted(set(options)), n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]!r}?" if near else " `lightning-peft fit --help` lists what is."
-    return f"{key + ': ' if key else ''}Option {name!r} is not accepted.{hint}"
-
-
-def _key(message: str) -> str:
-    """The innermost key a message names."""
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    return keys[-1] if keys else ""
-
-
 def _shortest(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
-    return " ".join(lines[:4]) if len(lines) <= 4 else f"{lines[0]} {lines[-1]}"
+    return " ".join(lines) if len(lines) <= 4 else f"{lines[0]} {lines[-1]}"

@@ -44,6 +44,14 @@ def logs() -> None:
             handler.addFilter(_not_a_tip)
 
 
+def wandb() -> None:
+    """Silence W&B's own lines for an offline run, the notice about an option that Lightning passes included."""
+    if os.environ.get("WANDB_SILENT") == "true":
+        import wandb as library
+
+        library.setup(settings=library.Settings(silent=True, show_warnings=False))
+
+
 def _not_a_tip(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_TIPS)
 

@@ -15,10 +15,12 @@ from lightning.pytorch.loggers import Logger
 
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
 from lightning_peft.callbacks import PEFT
+from lightning_peft.cli import quiet
 from lightning_peft.cli.messages import explain
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
 from lightning_peft.errors import PEFTError
+from lightning_peft.files import read
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
 
@@ -31,7 +33,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print one sentence and stop with status 2, in place of the usage and twenty lines."""
-        text = explain(message, _classes(), _options(sys.argv[1:]))
+        if not self.exit_on_error:  # one attempt among several types: the next may fit
+            super().error(message, ex)
+        text = explain(message, _classes(), _options())
         print(f"lightning-peft: error: {text}", file=sys.stderr)
         raise SystemExit(2)  # no ordinary exception: jsonargparse would catch it and try something else
 
@@ -42,12 +46,10 @@ def _classes() -> dict[str, list[str]]:
     return {"peft": list(registry()), "model": ["TaskModule"], "data": data, "callbacks": callbacks}
 
 
-def _options(words: list[str]) -> list[str]:
-    """The options that could have been meant: those of the method named on the command line, or of all our classes."""
-    name = next((b for a, b in pairwise(words) if a == "--peft"), None)
-    method = registry().get(str(name))
-    kinds = [method] if method else [*registry().values(), TaskModule, *_DATA, L.Trainer]
-    return [p for kind in kinds for p in inspect.signature(kind.__init__).parameters if p not in ("self", "args")]
+def _options() -> dict[str, list[str]]:
+    kinds = {**registry(), "TaskModule": TaskModule, **{d.__name__: d for d in _DATA}, "": L.Trainer}
+    kinds |= {k.__name__: k for k in _subclasses(L.Callback)}
+    return {n: [p for p in inspect.signature(k.__init__).parameters if p != "self"] for n, k in kinds.items()}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -77,6 +79,14 @@ class PEFTCLI(LightningCLI):
             "--peft", type=Method | list[Method] | None, default=None, help="Method(s), for example LoRA."
         )
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Measure the best weights after fit.")
+
+    def before_instantiate_classes(self) -> None:
+        """Look at a checkpoint before data and model are loaded; keep W&B quiet."""
+        path = self._get(self.config, "ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry"):
+            read(path)
+        if "WandbLogger" in str(self._get(self.config, "trainer").get("logger")):
+            quiet.wandb()
 
     def _parse_ckpt_path(self) -> None:
         """Leave the parsed config as it is: it is complete, and it is what the user asked for."""
