@@ -21,6 +21,7 @@ _HOME = {
     "lightning_peft.method": ("Method",),
     "lightning_peft.injection": ("inject", "unload", "disabled"),
     "lightning_peft.trainable": ("trainable_names", "state_names"),
+    "lightning_peft.placement": ("drop_layers",),
     "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
     "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
     "lightning_peft.summary": ("summarize", "describe"),
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method
     from lightning_peft.methods import *  # noqa: F403
+    from lightning_peft.placement import drop_layers
     from lightning_peft.reload import load_from_checkpoint
     from lightning_peft.summary import describe, summarize
     from lightning_peft.trainable import state_names, trainable_names
