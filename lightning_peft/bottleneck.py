@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.adapted import Adapted, Delta, factor_dtype
 from lightning_peft.errors import ConfigError, PEFTError
-from lightning_peft.method import Adapted, Delta, factor_dtype
 
 NonLinearity = Literal["relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu"]
 
@@ -115,12 +115,48 @@ class Tap:
         self.slot.value = first_tensor(args, kwargs)
 
 
+_HOOK = -1  # a key that torch never gives out
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that is there to be seen."""
+
+
 class AdapterWrapper(Adapted):
-    """A module with a bottleneck behind or beside it; the features are in dimension ``channel`` of its output."""
+    """A module with a bottleneck behind or beside it; the features are in dimension ``channel`` of its output.
+
+    While it is ``active`` and ``seen``, it carries an empty hook: that is what torch's fused encoder layers look for.
+    """
 
     def __init__(self, base: nn.Module, delta: nn.Module, channel: int = -1, slot: Slot | None = None) -> None:
+        self._active = self._seen = False
         super().__init__(base, delta)
         self.channel, self.slot = channel, slot
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter acts; switched off, it costs nothing."""
+        return self._active
+
+    @active.setter
+    def active(self, on: bool) -> None:
+        self._active = on
+        self._show()
+
+    @property
+    def seen(self) -> bool:
+        """Whether code that skips modules without hooks must not skip this one."""
+        return self._seen
+
+    @seen.setter
+    def seen(self, on: bool) -> None:
+        self._seen = on
+        self._show()
+
+    def _show(self) -> None:
+        self._forward_pre_hooks.pop(_HOOK, None)
+        if self._active and self._seen:
+            self._forward_pre_hooks[_HOOK] = _nothing
 
     def correction(self, v: Tensor, like: Tensor) -> Tensor:
         """The delta of ``v`` over its features, in the dtype of ``like``."""

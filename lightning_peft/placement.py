@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft import torch_encoder
+from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.bottleneck import (
     NON_LINEARITIES,
     AdapterWrapper,
@@ -22,16 +24,18 @@ from lightning_peft.bottleneck import (
     output_features,
 )
 from lightning_peft.errors import ConfigError, NoMatchError, PEFTError
-from lightning_peft.match import as_patterns, head_names, is_metric, layer_index, matcher, select
-from lightning_peft.method import Adapted, Delta, Method, call_base, candidates, check_number, replace
+from lightning_peft.heads import head_names
+from lightning_peft.match import as_patterns, candidates, is_metric, layer_index, matcher, select
+from lightning_peft.method import Method, check_number, replace
 from lightning_peft.sites import ROLES, Site, find_sites, unknown
 
 
 class AdapterMethod(Method):
     """Base of the bottleneck adapters: a subclass says for which roles, where, and what its correction is.
 
-    Without ``target_modules`` an adapter goes to each sub-layer of the class's roles, as published; the words
-    ``attention`` and ``mlp`` choose other roles; any other pattern puts one behind each module it matches.
+    Without ``target_modules`` an adapter goes to each sub-layer of the class's roles; the words ``attention`` and
+    ``mlp`` choose roles; any other pattern puts one at each module it matches. A module where a known sub-layer ends is
+    treated as published however it was chosen, so that placement follows from the name alone (a file holds names).
     """
 
     mergeable: ClassVar[bool] = False
@@ -115,7 +119,7 @@ class AdapterMethod(Method):
         """The normalisations beside the adapters, if ``train_layer_norms`` asks for them."""
         if not getattr(self, "train_layer_norms", False):
             return []
-        sites = self._sites(model, self._asked()[0])
+        sites = self._sites(model, ROLES)
         norms = dict.fromkeys(sites[n].norm for n in targets if n in sites)
         return [f"{norm}.{n}" for norm in norms for n, _ in model.get_submodule(norm).named_parameters()]
 
@@ -133,9 +137,7 @@ class AdapterMethod(Method):
 
     def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Wrap each target, and let the adapters that read a layer's input listen to it."""
-        words, _ = self._asked()
-        sites = self._sites(model, words) if words else {}
-        modules = originals(model)
+        sites, modules = self._sites(model, ROLES), originals(model)
         wrapped, taps = {}, []
         for name, module in targets.items():
             site = sites.get(name)
@@ -149,6 +151,7 @@ class AdapterMethod(Method):
         replace(model, wrapped)
         for source, slot in taps:
             source.register_forward_pre_hook(Tap(slot), with_kwargs=True)
+        torch_encoder.keep_open(model)
         return wrapped
 
     def _at(self, site: Site, module: nn.Module, norm: nn.Module, name: str) -> AdapterWrapper:
@@ -171,6 +174,7 @@ class AdapterMethod(Method):
                 if isinstance(hook, Tap) and id(hook.slot) in slots:
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+        torch_encoder.release(model)
 
     def check_fields(self) -> None:
         """Raise a `ConfigError` for a value that cannot work."""
@@ -191,7 +195,9 @@ def originals(model: nn.Module) -> dict[str, nn.Module]:
 
     def visit(module: nn.Module, name: str) -> None:
         found[name] = module
-        inner = call_base(module) if isinstance(module, Adapted) else module
+        inner = module
+        while isinstance(inner, Adapted):
+            inner = inner.base
         for key, child in inner.named_children():
             if not is_metric(child) and not isinstance(child, Delta):
                 visit(child, f"{name}.{key}" if name else key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import transformers
 from torch import nn
 
 from lightning_peft import inject
