@@ -125,23 +125,26 @@ def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
 class AdapterWrapper(Adapted):
     """A module with a bottleneck behind or beside it; the features are in dimension ``channel`` of its output.
 
-    While it is ``active`` and ``seen``, it carries an empty hook: that is what torch's fused encoder layers look for.
+    While it is active it may listen to another module, and be ``seen``: then it carries an empty hook, which is what
+    torch's fused encoder layers look for. Switched off, it leaves no hook anywhere and costs nothing.
     """
 
-    def __init__(self, base: nn.Module, delta: nn.Module, channel: int = -1, slot: Slot | None = None) -> None:
+    def __init__(self, base: nn.Module, delta: nn.Module, channel: int = -1) -> None:
         self._active = self._seen = False
+        self.slot: Slot | None = None
+        self._source: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered as a part
         super().__init__(base, delta)
-        self.channel, self.slot = channel, slot
+        self.channel = channel
 
     @property
     def active(self) -> bool:
-        """Whether the adapter acts; switched off, it costs nothing."""
+        """Whether the adapter acts."""
         return self._active
 
     @active.setter
     def active(self, on: bool) -> None:
         self._active = on
-        self._show()
+        self._hook()
 
     @property
     def seen(self) -> bool:
@@ -151,12 +154,23 @@ class AdapterWrapper(Adapted):
     @seen.setter
     def seen(self, on: bool) -> None:
         self._seen = on
-        self._show()
+        self._hook()
 
-    def _show(self) -> None:
+    def listen(self, source: nn.Module) -> None:
+        """Read the input of ``source`` instead of the own one."""
+        self.slot, self._source = Slot(), (source,)
+        self._hook()
+
+    def _hook(self) -> None:
         self._forward_pre_hooks.pop(_HOOK, None)
         if self._active and self._seen:
             self._forward_pre_hooks[_HOOK] = _nothing
+        for source in self._source:
+            for key in [k for k, h in source._forward_pre_hooks.items() if getattr(h, "slot", None) is self.slot]:
+                del source._forward_pre_hooks[key]
+                source._forward_pre_hooks_with_kwargs.pop(key, None)
+            if self._active:
+                source.register_forward_pre_hook(Tap(self.slot), with_kwargs=True)
 
     def correction(self, v: Tensor, like: Tensor) -> Tensor:
         """The delta of ``v`` over its features, in the dtype of ``like``."""
@@ -200,9 +214,10 @@ class OnSum(AdapterWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base; in a tuple the first element is corrected."""
+        if not self.active:
+            return self.base(*args, **kwargs)
         x = self.source(args, kwargs)
-        out = self.base(*args, **kwargs)
-        return with_first(out, lambda h: h + self.correction(h + x, h)) if self.active else out
+        return with_first(self.base(*args, **kwargs), lambda h: h + self.correction(h + x, h))
 
 
 class Beside(AdapterWrapper):
@@ -210,9 +225,10 @@ class Beside(AdapterWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base; in a tuple the first element is corrected."""
+        if not self.active:
+            return self.base(*args, **kwargs)
         x = self.source(args, kwargs)
-        out = self.base(*args, **kwargs)
-        return with_first(out, lambda h: h + self.correction(x, h)) if self.active else out
+        return with_first(self.base(*args, **kwargs), lambda h: h + self.correction(x, h))
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

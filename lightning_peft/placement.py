@@ -18,8 +18,6 @@ from lightning_peft.bottleneck import (
     AroundNorm,
     Beside,
     OnSum,
-    Slot,
-    Tap,
     input_features,
     output_features,
 )
@@ -124,7 +122,7 @@ class AdapterMethod(Method):
         return [f"{norm}.{n}" for norm in norms for n, _ in model.get_submodule(norm).named_parameters()]
 
     # ---- what ------------------------------------------------------------------------------------------------------
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
+    def wrap(self, module: nn.Module, name: str) -> AdapterWrapper:
         """An adapter behind (or, parallel, beside) any module."""
         found = output_features(module)
         if found is None:
@@ -138,42 +136,33 @@ class AdapterMethod(Method):
     def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Wrap each target, and let the adapters that read a layer's input listen to it."""
         sites, modules = self._sites(model, ROLES), originals(model)
-        wrapped, taps = {}, []
+        wrapped: dict[str, AdapterWrapper] = {}
         for name, module in targets.items():
             site = sites.get(name)
-            if site is None:
-                wrapped[name] = self.wrap(module, name)
-                continue
-            wrapped[name] = wrapper = self._at(site, modules[name], modules[site.norm], name)
-            if wrapper.slot is not None:
-                taps.append((modules[site.source], wrapper.slot))
+            wrapped[name] = self._at(site, modules, name) if site else self.wrap(module, name)
         self.share({name: module.delta for name, module in wrapped.items()})
         replace(model, wrapped)
-        for source, slot in taps:
-            source.register_forward_pre_hook(Tap(slot), with_kwargs=True)
+        for name, wrapper in wrapped.items():
+            if isinstance(wrapper, (OnSum, Beside)) and name in sites and sites[name].source != name:
+                wrapper.listen(modules[sites[name].source])
         torch_encoder.keep_open(model)
         return wrapped
 
-    def _at(self, site: Site, module: nn.Module, norm: nn.Module, name: str) -> AdapterWrapper:
+    def _at(self, site: Site, modules: Mapping[str, nn.Module], name: str) -> AdapterWrapper:
+        module, norm = modules[name], modules[site.norm]
         size = len(norm.weight) if getattr(norm, "weight", None) is not None else norm.normalized_shape[-1]
         delta = self.delta(_like(norm, module), size, size, name)
         if self.reads == "output":
             return AfterOutput(module, delta)
-        if self.reads == "sum" and site.post:
-            return AroundNorm(module, delta)
-        slot = None if site.source == site.output else Slot()
-        return (OnSum if self.reads == "sum" else Beside)(module, delta, slot=slot)
+        if self.reads == "input":
+            return Beside(module, delta)
+        return (AroundNorm if site.post else OnSum)(module, delta)
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Put the originals back and stop listening."""
-        found = {n: model.get_submodule(n) for n in names}
-        slots = {id(m.slot) for m in found.values() if isinstance(m, AdapterWrapper) and m.slot is not None}
+        for name in names:
+            model.get_submodule(name).active = False
         super().detach(model, names)
-        for module in model.modules():
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(hook, Tap) and id(hook.slot) in slots:
-                    del module._forward_pre_hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         torch_encoder.release(model)
 
     def check_fields(self) -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     ["export"],
     ["callbacks.hooks", "callbacks.best"],
     ["callbacks.peft"],
-    ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter"],
+    ["callbacks.merge", "callbacks.trainability", "callbacks.log_adapter", "callbacks.adapter_drop"],
     ["callbacks"],
     ["reload"],
 ]

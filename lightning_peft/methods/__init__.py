@@ -1,5 +1,6 @@
 """The methods: one file each, one export line each."""
 
+from lightning_peft.methods.adapter_fusion import AdapterFusion as AdapterFusion
 from lightning_peft.methods.compacter import Compacter as Compacter
 from lightning_peft.methods.compacter_plus_plus import CompacterPlusPlus as CompacterPlusPlus
 from lightning_peft.methods.full import FullFineTuning as FullFineTuning
