@@ -23,7 +23,7 @@ from lightning_peft.bottleneck import (
 )
 from lightning_peft.errors import ConfigError, NoMatchError, PEFTError
 from lightning_peft.heads import head_names
-from lightning_peft.match import as_patterns, candidates, is_metric, layer_index, matcher, select
+from lightning_peft.match import as_patterns, candidates, excluded, is_metric, layer_index, matcher, select
 from lightning_peft.method import Method, check_number, replace
 from lightning_peft.sites import ROLES, Site, find_sites, unknown
 
@@ -103,7 +103,7 @@ class AdapterMethod(Method):
         left = {
             n: m
             for n, m in chosen.items()
-            if (layers is None or layer_index(n) in layers) and not any(ban(n) or ban(prefix + n) for ban in banned)
+            if (layers is None or layer_index(n) in layers) and not excluded(n, prefix, banned)
         }
         if not left:
             raise NoMatchError(
