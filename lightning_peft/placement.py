@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import torch_encoder
 from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.bottleneck import (
     NON_LINEARITIES,
@@ -26,6 +25,7 @@ from lightning_peft.heads import head_names
 from lightning_peft.match import as_patterns, candidates, excluded, is_metric, layer_index, matcher, select
 from lightning_peft.method import Method, check_number, replace
 from lightning_peft.sites import ROLES, Site, find_sites, unknown
+from lightning_peft.torch_encoder import keep_open, release
 
 
 class AdapterMethod(Method):
@@ -145,7 +145,7 @@ class AdapterMethod(Method):
         for name, wrapper in wrapped.items():
             if isinstance(wrapper, (OnSum, Beside)) and name in sites and sites[name].source != name:
                 wrapper.listen(modules[sites[name].source])
-        torch_encoder.keep_open(model)
+        keep_open(model)
         return wrapped
 
     def _at(self, site: Site, modules: Mapping[str, nn.Module], name: str) -> AdapterWrapper:
@@ -163,7 +163,7 @@ class AdapterMethod(Method):
         for name in names:
             model.get_submodule(name).active = False
         super().detach(model, names)
-        torch_encoder.release(model)
+        release(model)
 
     def check_fields(self) -> None:
         """Raise a `ConfigError` for a value that cannot work."""
