@@ -22,11 +22,20 @@ _HOME = {
     "lightning_peft.injection": ("inject", "unload"),
     "lightning_peft.switching": ("disabled",),
     "lightning_peft.trainable": ("trainable_names", "state_names"),
+    "lightning_peft.placement": ("drop_layers",),
+    "lightning_peft.methods.adapter_fusion": ("fusion_weights",),
     "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
     "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
     "lightning_peft.summary": ("summarize", "describe"),
     "lightning_peft.export": ("save_merged",),
-    "lightning_peft.callbacks": ("PEFT", "MergeOnFitEnd", "TrainabilityCheck", "LogAdapter", "PredictionWriter"),
+    "lightning_peft.callbacks": (
+        "PEFT",
+        "MergeOnFitEnd",
+        "TrainabilityCheck",
+        "LogAdapter",
+        "PredictionWriter",
+        "AdapterDrop",
+    ),
     "lightning_peft.reload": ("load_from_checkpoint",),
     "lightning_peft.data": ("TextDataModule", "ImageDataModule", "AudioDataModule"),
     "lightning_peft.module": ("TaskModule",),
@@ -35,7 +44,14 @@ _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from lightning_peft.adapted import Adapted, Delta
-    from lightning_peft.callbacks import PEFT, LogAdapter, MergeOnFitEnd, PredictionWriter, TrainabilityCheck
+    from lightning_peft.callbacks import (
+        PEFT,
+        AdapterDrop,
+        LogAdapter,
+        MergeOnFitEnd,
+        PredictionWriter,
+        TrainabilityCheck,
+    )
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
     from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
     from lightning_peft.errors import (
@@ -51,7 +67,9 @@ if TYPE_CHECKING:
     from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method
     from lightning_peft.methods import *  # noqa: F403
+    from lightning_peft.methods.adapter_fusion import fusion_weights
     from lightning_peft.module import TaskModule
+    from lightning_peft.placement import drop_layers
     from lightning_peft.reload import load_from_checkpoint
     from lightning_peft.summary import describe, summarize
     from lightning_peft.switching import disabled

@@ -5,7 +5,7 @@ family                                    parts it uses
 ========================================  ============================================================================
 LoRA and relatives                        ``wrap(linear) -> Adapted``; ``Adapted.merged`` gives the new base tensors
 bottleneck adapters                       ``wrap(sub-layer)``: the module whose output is h (dropout, LayerNorm, block)
-parallel adapters                         ``wrap`` the sub-layer's output; ``connect`` hands it the sub-layer's input
+parallel adapters                         ``wrap`` the sub-layer's output; ``attach`` lets it listen to the input
 prefixes inside attention                 ``wrap(attention)``: the wrapper makes its key/values known while base runs
 virtual tokens                            ``wrap(embedding)`` in place of placeholders; ``wrap(backbone)`` where the
                                           sequence grows between the embedding and the last hidden state; ``attach``

@@ -45,14 +45,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
     was_merged = injection.merged
     switch(injection, root, merged=False)
     swapped = _swap_values(root, injection)
-    wrapped = [m for _, m in adapted_modules(root)]
-    for m in wrapped:
+    wrapped = [(m, m.active) for _, m in adapted_modules(root)]
+    for m, _ in wrapped:
         m.active = False
     try:
         yield
     finally:
-        for m in wrapped:
-            m.active = True
+        for m, was_active in wrapped:
+            m.active = was_active
         for tensor, value in swapped:
             tensor.data = value
         switch(injection, root, merged=was_merged)

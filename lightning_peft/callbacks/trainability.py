@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_peft.errors import TrainingError
 from lightning_peft.match import matcher
-from lightning_peft.trainable import trainable_names
+from lightning_peft.trainable import adapted_modules, trainable_names
 
 _STEPS = 3  # LoRA's A has no gradient while B is zero: one step is not enough, two are
 
@@ -19,7 +19,7 @@ _STEPS = 3  # LoRA's A has no gradient while B is zero: one step is not enough, 
 class TrainabilityCheck(L.Callback):
     """Raise unless every trainable tensor got a finite, non-zero gradient and moved within three optimizer steps.
 
-    Steps that a GradScaler skipped and steps with a learning rate of 0 do not count.
+    Steps that a GradScaler skipped, steps with a learning rate of 0 and adapters switched off do not count.
 
     Args:
         ignore: patterns of tensors that may stand still (a module used only at times).
@@ -61,6 +61,9 @@ class TrainabilityCheck(L.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._scale = scaler.get_scale() if scaler is not None else None
         moving = {id(p) for g in optimizer.param_groups if float(g["lr"]) > 0 for p in g["params"]}
+        for _, module in adapted_modules(pl_module):
+            if not module.active:  # switched off in this step, by AdapterDrop for one
+                moving -= {id(p) for p in module.delta.parameters()}
         for name, parameter in self._watched.items():
             if id(parameter) in moving:
                 self._pending[name] = _kind(parameter.grad)

@@ -1,4 +1,10 @@
 """The methods: one file each, one export line each."""
 
+from lightning_peft.methods.adapter_fusion import AdapterFusion as AdapterFusion
+from lightning_peft.methods.compacter import Compacter as Compacter
+from lightning_peft.methods.compacter_plus_plus import CompacterPlusPlus as CompacterPlusPlus
 from lightning_peft.methods.full import FullFineTuning as FullFineTuning
+from lightning_peft.methods.houlsby import Houlsby as Houlsby
 from lightning_peft.methods.lora import LoRA as LoRA
+from lightning_peft.methods.parallel_adapter import ParallelAdapter as ParallelAdapter
+from lightning_peft.methods.pfeiffer import Pfeiffer as Pfeiffer

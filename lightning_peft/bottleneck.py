@@ -1,0 +1,287 @@
+"""Bottleneck corrections `up(act(down(v)))` and the wrappers that add them where a sub-layer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.adapted import Adapted, Delta, factor_dtype
+from lightning_peft.errors import ConfigError, PEFTError
+
+NonLinearity = Literal["relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu"]
+
+
+def _gelu_new(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_new,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+class Bottleneck(Delta):
+    """``s · (W_up·act(W_down·v + b_down) + b_up)``; the up-projection starts at zero, the biases as well.
+
+    Args:
+        like: a tensor of the base, for dtype and device.
+        size_in, width, size_out: features at the input, in the middle and at the output.
+        non_linearity: name of the function in the middle.
+        scaling: factor ``s``; None makes it a trained number that starts at 1.
+        dropout: probability of dropping a feature of the correction while training.
+    """
+
+    def __init__(
+        self,
+        like: Tensor,
+        size_in: int,
+        width: int,
+        size_out: int,
+        non_linearity: str = "relu",
+        scaling: float | None = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        options = {"dtype": factor_dtype(like), "device": like.device}
+        self.down_weight = nn.Parameter(torch.zeros(width, size_in, **options))
+        self.down_bias = nn.Parameter(torch.zeros(width, **options))
+        self.up_weight = nn.Parameter(torch.zeros(size_out, width, **options))
+        self.up_bias = nn.Parameter(torch.zeros(size_out, **options))
+        self.scale = nn.Parameter(torch.ones(1, **options)) if scaling is None else None
+        self.scaling = scaling
+        self.non_linearity, self.dropout = non_linearity, dropout
+
+    def forward(self, v: Tensor) -> Tensor:
+        """v: (…, size_in) -> (…, size_out), in the dtype of the factors (or of autocast)."""
+        check_width(v, self.down_weight.shape[1])
+        middle = F.linear(v.to(self.down_weight.dtype), self.down_weight, self.down_bias)
+        out = F.linear(NON_LINEARITIES[self.non_linearity](middle), self.up_weight, self.up_bias)
+        if self.scale is not None:
+            out = out * self.scale
+        elif self.scaling != 1.0:
+            out = out * self.scaling
+        return F.dropout(out, self.dropout) if self.dropout and self.training else out
+
+    def extra_repr(self) -> str:
+        """Sizes for `print(model)`."""
+        (width, size_in), size_out = self.down_weight.shape, self.up_weight.shape[0]
+        return f"{size_in} -> {width} -> {size_out}, {self.non_linearity}"
+
+
+def check_width(v: Tensor, width: int) -> None:
+    """Raise unless the last dimension of what an adapter gets is what it was built for."""
+    if v.shape[-1] != width:
+        raise ConfigError(
+            f"An adapter built for {width} features got a tensor of shape {tuple(v.shape)}: the size read off the"
+            " module it follows is not that of its output. Name the module inside it that produces the output."
+        )
+
+
+class Slot:
+    """Takes a layer's input from where it enters to where the adapter reads it, within one pass through the layer.
+
+    Copies and pickles of it are empty: a tensor left over from a pass that broke off never travels.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def take(self) -> Tensor | None:
+        """The input of this pass; the slot is empty afterwards."""
+        value, self.value = self.value, None
+        return value
+
+    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
+        return Slot, ()
+
+
+class Tap:
+    """A forward pre-hook that puts its module's input into a slot."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.slot.value = first_tensor(args, kwargs)
+
+
+_HOOK = -1  # a key that torch never gives out
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that is there to be seen."""
+
+
+class AdapterWrapper(Adapted):
+    """A module with a bottleneck behind or beside it; the features are in dimension ``channel`` of its output.
+
+    While it is active it may listen to another module, and be ``seen``: then it carries an empty hook, which is what
+    torch's fused encoder layers look for. Switched off, it leaves no hook anywhere and costs nothing.
+    """
+
+    def __init__(self, base: nn.Module, delta: nn.Module, channel: int = -1) -> None:
+        self._active = self._seen = False
+        self.slot: Slot | None = None
+        self._source: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered as a part
+        super().__init__(base, delta)
+        self.channel = channel
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter acts."""
+        return self._active
+
+    @active.setter
+    def active(self, on: bool) -> None:
+        self._active = on
+        self._hook()
+
+    @property
+    def seen(self) -> bool:
+        """Whether code that skips modules without hooks must not skip this one."""
+        return self._seen
+
+    @seen.setter
+    def seen(self, on: bool) -> None:
+        self._seen = on
+        self._hook()
+
+    def listen(self, source: nn.Module) -> None:
+        """Read the input of ``source`` instead of the own one."""
+        self.slot, self._source = Slot(), (source,)
+        self._hook()
+
+    def _hook(self) -> None:
+        self._forward_pre_hooks.pop(_HOOK, None)
+        if self._active and self._seen:
+            self._forward_pre_hooks[_HOOK] = _nothing
+        for source in self._source:
+            for key in [k for k, h in source._forward_pre_hooks.items() if getattr(h, "slot", None) is self.slot]:
+                del source._forward_pre_hooks[key]
+                source._forward_pre_hooks_with_kwargs.pop(key, None)
+            if self._active:
+                source.register_forward_pre_hook(Tap(self.slot), with_kwargs=True)
+
+    def correction(self, v: Tensor, like: Tensor) -> Tensor:
+        """The delta of ``v`` over its features, in the dtype of ``like``."""
+        if self.channel == -1:
+            return self.delta(v).to(like.dtype)
+        return self.delta(v.movedim(self.channel, -1)).movedim(-1, self.channel).to(like.dtype)
+
+    def source(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The layer's input: from the slot, or the module's own input where that is the same."""
+        if self.slot is None:
+            return first_tensor(args, kwargs)
+        x = self.slot.take()
+        if x is None:
+            raise PEFTError(
+                f"{type(self.base).__name__} was called alone, without the layer around it whose input its adapter"
+                " reads. Call the layer, or use disabled(model)."
+            )
+        return x
+
+
+class AfterOutput(AdapterWrapper):
+    """``h + delta(h)`` (Houlsby, and any module named by the user)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base; in a tuple the first element is corrected."""
+        out = self.base(*args, **kwargs)
+        return with_first(out, lambda h: h + self.correction(h, h)) if self.active else out
+
+
+class AroundNorm(AdapterWrapper):
+    """``LN(v + delta(LN(v)))`` for the ``v = h + x`` that a post-norm layer normalises (Pfeiffer)."""
+
+    def forward(self, v: Tensor) -> Tensor:
+        """v: (…, d) -> (…, d)."""
+        out = self.base(v)
+        return self.base(v + self.correction(out, v)) if self.active else out
+
+
+class OnSum(AdapterWrapper):
+    """``h + delta(h + x)`` (Pfeiffer in pre-norm layers; the layer adds x afterwards)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base; in a tuple the first element is corrected."""
+        if not self.active:
+            return self.base(*args, **kwargs)
+        x = self.source(args, kwargs)
+        return with_first(self.base(*args, **kwargs), lambda h: h + self.correction(h + x, h))
+
+
+class Beside(AdapterWrapper):
+    """``h + delta(x)`` (parallel adapter)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base; in a tuple the first element is corrected."""
+        if not self.active:
+            return self.base(*args, **kwargs)
+        x = self.source(args, kwargs)
+        return with_first(self.base(*args, **kwargs), lambda h: h + self.correction(x, h))
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first tensor a module is called with: its input."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise ConfigError("A parallel adapter reads its module's input, but the module was called without a tensor.")
+
+
+def with_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``change`` to a tensor, or to the first element of a tuple or list, which keeps its type."""
+    if isinstance(out, Tensor):
+        return change(out)
+    if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
+        rest = [change(out[0]), *out[1:]]
+        return type(out)(*rest) if hasattr(out, "_fields") else type(out)(rest)
+    raise ConfigError(
+        f"An adapter follows a module that returns {type(out).__name__}; it needs a tensor, or a tuple or list that"
+        " starts with one. Name a module inside it."
+    )
+
+
+def output_features(module: nn.Module) -> tuple[int, int] | None:
+    """Features of a module's output and the dimension they are in, read off it or off its last part; None if unknown.
+
+    Feature maps of convolutions, (B, C, …), have them in dimension 1: an adapter acts on the channels at each position.
+    """
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        return None
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        size = next(getattr(module, n) for n in ("out_channels", "num_features", "num_channels") if hasattr(module, n))
+        return size, 1
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (1 + module.bidirectional), -1
+    for name in ("out_features", "nf", "embedding_dim", "embed_dim"):
+        if isinstance(getattr(module, name, None), int):
+            return getattr(module, name), -1
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 1 and not isinstance(module, nn.PReLU):  # normalisation
+        return len(weight), -1
+    parts = [output_features(m) for m in reversed(list(module.children()))]
+    return next((p for p in parts if p is not None), None)
+
+
+def input_features(module: nn.Module) -> int | None:
+    """Features of a module's input, read off it or off its first part; None if unknown or if positions change."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
+        return None
+    for name in ("in_features", "nx", "embed_dim", "input_size"):
+        if isinstance(getattr(module, name, None), int):
+            return getattr(module, name)
+    if not list(module.children()):
+        found = output_features(module)
+        return found[0] if found and found[1] == -1 else None
+    return next((n for m in module.children() if (n := input_features(m)) is not None), None)

@@ -1,0 +1,235 @@
+"""How bottleneck adapters find their places in a model: by role, or behind modules the user names."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.bottleneck import (
+    NON_LINEARITIES,
+    AdapterWrapper,
+    AfterOutput,
+    AroundNorm,
+    Beside,
+    OnSum,
+    input_features,
+    output_features,
+)
+from lightning_peft.errors import ConfigError, NoMatchError, PEFTError
+from lightning_peft.heads import head_names
+from lightning_peft.match import as_patterns, candidates, excluded, is_metric, layer_index, matcher, select
+from lightning_peft.method import Method, check_number, replace
+from lightning_peft.sites import ROLES, Site, find_sites, unknown
+from lightning_peft.torch_encoder import keep_open, release
+
+
+class AdapterMethod(Method):
+    """Base of the bottleneck adapters: a subclass says for which roles, where, and what its correction is.
+
+    Without ``target_modules`` an adapter goes to each sub-layer of the class's roles; the words ``attention`` and
+    ``mlp`` choose roles; any other pattern puts one at each module it matches. A module where a known sub-layer ends is
+    treated as published however it was chosen, so that placement follows from the name alone (a file holds names).
+    """
+
+    mergeable: ClassVar[bool] = False
+    why_not_mergeable: ClassVar[str] = "between its two projections stands a non-linearity, which no weight can hold."
+    #: the sub-layers that get an adapter
+    roles: ClassVar[tuple[str, ...]] = ROLES
+    #: what the adapter reads: the sub-layer's "output" h, the "sum" h + x, or the "input" x
+    reads: ClassVar[str] = "output"
+
+    @abstractmethod
+    def delta(self, like: Tensor, size_in: int, size_out: int, name: str) -> Delta:
+        """The correction for one place, with its start values; ``like`` gives dtype and device."""
+
+    def share(self, deltas: Mapping[str, Delta]) -> None:
+        """Link the corrections of one model (by target name), before they are in it. Default: nothing is shared."""
+
+    # ---- where -----------------------------------------------------------------------------------------------------
+    def adapts(self, module: nn.Module) -> bool:
+        """Modules whose output (for parallel adapters also input) has a known number of features."""
+        if type(module).__name__ == "NonDynamicallyQuantizableLinear":  # nn.MultiheadAttention never calls its out_proj
+            return False
+        known = output_features(module) is not None
+        return known and (self.reads != "input" or input_features(module) is not None)
+
+    def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+        """The modules to wrap, by full name.
+
+        Raises:
+            NoMatchError: the layers of the model are unknown, or a pattern matches nothing.
+        """
+        words, patterns = self._asked()
+        chosen: dict[str, nn.Module] = {}
+        if words:
+            modules = originals(model)
+            chosen = {n: modules[n] for n in self._sites(model, words)}
+            if not chosen:
+                raise unknown(type(self).__name__, model)
+            chosen = self._filtered(chosen, prefix)
+        if patterns:
+            chosen |= select(
+                candidates(model),
+                patterns,
+                self.adapts,
+                self.is_linear,
+                exclude=getattr(self, "exclude_modules", None),
+                layers=getattr(self, "layers", None),
+                heads=head_names(model),
+                prefix=prefix,
+                method=type(self).__name__,
+            )
+        return chosen
+
+    def _asked(self) -> tuple[tuple[str, ...], list[str]]:
+        """Roles and patterns in ``target_modules``."""
+        asked = as_patterns(getattr(self, "target_modules", None))
+        words = tuple(w for w in asked if w in ROLES) if asked else self.roles
+        return words, [p for p in asked if p not in ROLES]
+
+    def _sites(self, model: nn.Module, words: tuple[str, ...]) -> dict[str, Site]:
+        """Name of the module to wrap -> its place."""
+        found = [s for s in find_sites(originals(model)) if s.role in words]
+        return {(s.norm if s.post and self.reads == "sum" else s.output): s for s in found}
+
+    def _filtered(self, chosen: dict[str, nn.Module], prefix: str) -> dict[str, nn.Module]:
+        exclude, layers = getattr(self, "exclude_modules", None), getattr(self, "layers", None)
+        banned = [matcher(p) for p in as_patterns(exclude)]
+        left = {
+            n: m
+            for n, m in chosen.items()
+            if (layers is None or layer_index(n) in layers) and not excluded(n, prefix, banned)
+        }
+        if not left:
+            raise NoMatchError(
+                f"{type(self).__name__}: exclude_modules={exclude!r} and layers={layers!r} leave none of the"
+                f" {len(chosen)} places, for example {next(iter(chosen))!r}; layers here:"
+                f" {sorted({i for n in chosen if (i := layer_index(n)) is not None})}."
+            )
+        return left
+
+    def thaw(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
+        """The normalisations beside the adapters, if ``train_layer_norms`` asks for them."""
+        if not getattr(self, "train_layer_norms", False):
+            return []
+        sites = self._sites(model, ROLES)
+        norms = dict.fromkeys(sites[n].norm for n in targets if n in sites)
+        return [f"{norm}.{n}" for norm in norms for n, _ in model.get_submodule(norm).named_parameters()]
+
+    # ---- what ------------------------------------------------------------------------------------------------------
+    def wrap(self, module: nn.Module, name: str) -> AdapterWrapper:
+        """An adapter behind (or, parallel, beside) any module."""
+        found = output_features(module)
+        if found is None:
+            raise ConfigError(f"{type(self).__name__}: the number of features that {name!r} gives cannot be read off.")
+        size, channel = found
+        like = _like(module)
+        if self.reads == "input":
+            return Beside(module, self.delta(like, input_features(module) or size, size, name))
+        return AfterOutput(module, self.delta(like, size, size, name), channel)
+
+    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Wrap each target, and let the adapters that read a layer's input listen to it."""
+        sites, modules = self._sites(model, ROLES), originals(model)
+        wrapped: dict[str, AdapterWrapper] = {}
+        for name, module in targets.items():
+            site = sites.get(name)
+            wrapped[name] = self._at(site, modules, name) if site else self.wrap(module, name)
+        self.share({name: module.delta for name, module in wrapped.items()})
+        replace(model, wrapped)
+        for name, wrapper in wrapped.items():
+            if isinstance(wrapper, (OnSum, Beside)) and name in sites and sites[name].source != name:
+                wrapper.listen(modules[sites[name].source])
+        keep_open(model)
+        return wrapped
+
+    def _at(self, site: Site, modules: Mapping[str, nn.Module], name: str) -> AdapterWrapper:
+        module, norm = modules[name], modules[site.norm]
+        size = len(norm.weight) if getattr(norm, "weight", None) is not None else norm.normalized_shape[-1]
+        delta = self.delta(_like(norm, module), size, size, name)
+        if self.reads == "output":
+            return AfterOutput(module, delta)
+        if self.reads == "input":
+            return Beside(module, delta)
+        return (AroundNorm if site.post else OnSum)(module, delta)
+
+    def detach(self, model: nn.Module, names: list[str]) -> None:
+        """Put the originals back and stop listening."""
+        for name in names:
+            model.get_submodule(name).active = False
+        super().detach(model, names)
+        release(model)
+
+    def check_fields(self) -> None:
+        """Raise a `ConfigError` for a value that cannot work."""
+        name, known = type(self).__name__, NON_LINEARITIES
+        check_number(name, "reduction_factor", self.reduction_factor, 1)
+        check_number(name, "dropout", self.dropout, 0.0, high=1.0)
+        if self.non_linearity not in known:
+            raise ConfigError(f"{name}(non_linearity={self.non_linearity!r}): choose one of {', '.join(known)}.")
+
+    def width(self, size: int) -> int:
+        """Features in the middle of an adapter for ``size`` features."""
+        return max(1, int(size // self.reduction_factor))
+
+
+def originals(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by the name it had before injection (the root is ``""``); wrappers stand for what they wrap."""
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        found[name] = module
+        inner = module
+        while isinstance(inner, Adapted):
+            inner = inner.base
+        for key, child in inner.named_children():
+            if not is_metric(child) and not isinstance(child, Delta):
+                visit(child, f"{name}.{key}" if name else key)
+
+    visit(model, "")
+    return found
+
+
+def drop_layers(model: nn.Module, n: int) -> None:
+    """Switch off the bottleneck adapters of the first ``n`` layers, and on those of all others (AdapterDrop).
+
+    The adapters of those layers cost nothing until they are switched on again by ``drop_layers(model, 0)``. In an
+    encoder-decoder both stacks count from 0. Adapters outside numbered layers stay on.
+
+    Raises:
+        PEFTError: the model has no bottleneck adapters.
+
+    >>> from torch import nn
+    >>> from lightning_peft import Houlsby, drop_layers, inject
+    >>> net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
+    >>> inject(net, Houlsby()); drop_layers(net, 1)
+    >>> net.layers[0].dropout1.active, net.layers[1].dropout1.active
+    (False, True)
+    """
+    adapters = adapter_layers(model)
+    for module, layer in adapters:
+        module.active = layer is None or layer >= n
+
+
+def adapter_layers(model: nn.Module) -> list[tuple[AdapterWrapper, int | None]]:
+    """The bottleneck adapters in a model with the numbers of their layers.
+
+    Raises:
+        PEFTError: there are none.
+    """
+    found = [(m, layer_index(n)) for n, m in model.named_modules() if isinstance(m, AdapterWrapper)]
+    if not found:
+        raise PEFTError(
+            f"{type(model).__name__} has no bottleneck adapters whose layers could be dropped; inject Houlsby(),"
+            " Pfeiffer(), ParallelAdapter(), Compacter() or AdapterFusion() first."
+        )
+    return found
+
+
+def _like(*modules: nn.Module) -> Tensor:
+    return next((p for m in modules for p in m.parameters()), torch.empty(()))

@@ -1,0 +1,180 @@
+"""Where a layer's sub-layers end: the places of adapters, as one table over the architectures.
+
+A sub-layer (attention, feed-forward) computes ``h`` from the residual ``x``. Post-norm models go on with
+``LN(h + x)``, pre-norm models with ``h + x``. A row names, relative to the layer, the module whose output is ``h``, the
+module whose input is ``x``, and a normalisation: it has the width of ``h``, and in post-norm models it takes ``h + x``.
+
+Where a model applies dropout to ``h`` by a function and not by a module (BART, Whisper, ViT), the output named here is
+``h`` before that dropout. Cross-attention has no row: no published default adapts it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.errors import NoMatchError
+
+ROLES = ("attention", "mlp")
+Place = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One kind of layer: the places of its roles, and what tells it from others."""
+
+    models: str
+    attention: Place | None  # (output: its output is h, source: its input is x, norm)
+    mlp: Place | None
+    post: bool = False  # norm takes h + x
+    needs: str = ""  # a further module the layer has
+    kind: str = ""  # expression over the names of the layer's class and its bases, where names do not tell
+    flag: tuple[str, bool] | None = None  # an attribute of the layer that decides
+
+    def fits(self, name: str, layer: nn.Module, names: Mapping[str, nn.Module]) -> bool:
+        """Whether the module called ``name`` is such a layer."""
+        paths = {*(self.attention or ()), *(self.mlp or ()), *([self.needs] if self.needs else [])}
+        if not all(_join(name, p) in names for p in paths):
+            return False
+        if self.kind and not any(re.match(self.kind, c.__name__) for c in type(layer).__mro__):
+            return False
+        return self.flag is None or getattr(layer, self.flag[0], None) == self.flag[1]
+
+
+#: the first layout that fits a layer holds; special ones stand before general ones
+LAYOUTS = (
+    Layout(
+        "BERT, RoBERTa, ELECTRA, DeBERTa",
+        ("attention.output.dropout", "attention", "attention.output.LayerNorm"),
+        ("output.dropout", "intermediate", "output.LayerNorm"),
+        post=True,
+    ),
+    Layout("DistilBERT", ("attention", "attention", "sa_layer_norm"), ("ffn", "ffn", "output_layer_norm"), post=True),
+    Layout("GPT-2, GPT-Neo", ("attn", "ln_1", "ln_1"), ("mlp", "ln_2", "ln_2")),
+    Layout(
+        "Gemma 2 and 3",
+        ("post_attention_layernorm", "input_layernorm", "input_layernorm"),
+        ("post_feedforward_layernorm", "pre_feedforward_layernorm", "pre_feedforward_layernorm"),
+    ),
+    Layout(
+        "OLMo 2",
+        ("post_attention_layernorm", "self_attn", "post_attention_layernorm"),
+        ("post_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    ),
+    Layout(
+        "Llama, Mistral, Qwen, SmolLM, Phi-3",
+        ("self_attn", "input_layernorm", "input_layernorm"),
+        ("mlp", "post_attention_layernorm", "post_attention_layernorm"),
+    ),
+    Layout("T5, mT5, UMT5", ("dropout", "layer_norm", "layer_norm"), None, needs="SelfAttention"),
+    Layout("T5, mT5, UMT5", None, ("dropout", "layer_norm", "layer_norm"), needs="DenseReluDense"),
+    Layout(
+        "BART, Marian",
+        ("self_attn", "self_attn", "self_attn_layer_norm"),
+        ("fc2", "fc1", "final_layer_norm"),
+        post=True,
+        kind=r"(Bart|PLBart|Marian)(En|De)coderLayer",
+    ),
+    Layout(
+        "Whisper, mBART, M2M100 (NLLB), Pegasus",
+        ("self_attn", "self_attn_layer_norm", "self_attn_layer_norm"),
+        ("fc2", "final_layer_norm", "final_layer_norm"),
+        kind=r"(Whisper|MBart|M2M100|Pegasus)(En|De)coderLayer",
+    ),
+    Layout(
+        "OPT",
+        ("self_attn", "self_attn_layer_norm", "self_attn_layer_norm"),
+        ("fc2", "final_layer_norm", "final_layer_norm"),
+        kind="OPTDecoderLayer",
+        flag=("do_layer_norm_before", True),
+    ),
+    Layout(
+        "ViT, DeiT",
+        ("attention", "layernorm_before", "layernorm_before"),
+        ("mlp", "layernorm_after", "layernorm_after"),
+    ),
+    Layout("CLIP, SigLIP", ("self_attn", "layer_norm1", "layer_norm1"), ("mlp", "layer_norm2", "layer_norm2")),
+    Layout("ModernBERT", ("attn", "attn_norm", "mlp_norm"), ("mlp", "mlp_norm", "mlp_norm")),
+    Layout(
+        "Wav2Vec2, HuBERT",
+        ("attention", "attention", "layer_norm"),
+        ("feed_forward", "feed_forward", "final_layer_norm"),
+        post=True,
+        kind=r"(Wav2Vec2|Hubert)EncoderLayer$",
+    ),
+    Layout(
+        "torch.nn.TransformerEncoderLayer",
+        ("dropout1", "self_attn", "norm1"),
+        ("dropout2", "linear1", "norm2"),
+        post=True,
+        kind="TransformerEncoderLayer$",
+        flag=("norm_first", False),
+    ),
+    Layout(
+        "torch.nn.TransformerEncoderLayer",
+        ("dropout1", "norm1", "norm1"),
+        ("dropout2", "norm2", "norm2"),
+        kind="TransformerEncoderLayer$",
+        flag=("norm_first", True),
+    ),
+    Layout(
+        "torch.nn.TransformerDecoderLayer",
+        ("dropout1", "self_attn", "norm1"),
+        ("dropout3", "linear1", "norm3"),
+        post=True,
+        kind="TransformerDecoderLayer$",
+        flag=("norm_first", False),
+    ),
+    Layout(
+        "torch.nn.TransformerDecoderLayer",
+        ("dropout1", "norm1", "norm1"),
+        ("dropout3", "norm3", "norm3"),
+        kind="TransformerDecoderLayer$",
+        flag=("norm_first", True),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sub-layer of a model; modules by full name."""
+
+    role: str
+    output: str
+    source: str
+    norm: str
+    post: bool
+
+
+def find_sites(modules: Mapping[str, nn.Module]) -> list[Site]:
+    """All sub-layers among ``modules`` (full name -> module; the root is ``""``), in their order.
+
+    >>> from torch import nn
+    >>> net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1, enable_nested_tensor=False)
+    >>> [site.output for site in find_sites(dict(net.named_modules()))]
+    ['layers.0.dropout1', 'layers.0.dropout2']
+    """
+    sites = []
+    for name, layer in modules.items():
+        layout = next((row for row in LAYOUTS if row.fits(name, layer, modules)), None)
+        for role in ROLES if layout else ():
+            place = getattr(layout, role)
+            if place is not None:
+                sites.append(Site(role, *(_join(name, p) for p in place), post=layout.post))
+    return sites
+
+
+def unknown(method: str, model: nn.Module) -> NoMatchError:
+    """The error for a model without a row."""
+    known = "; ".join(dict.fromkeys(row.models for row in LAYOUTS))
+    return NoMatchError(
+        f"{method} finds no attention or feed-forward sub-layers in {type(model).__name__}. It knows the layers of"
+        f" {known}. For other networks name modules: {method}(target_modules=[...]) puts an adapter behind each."
+    )
+
+
+def _join(name: str, path: str) -> str:
+    return f"{name}.{path}" if name else path
