@@ -72,6 +72,16 @@ def as_patterns(patterns: str | Sequence[str] | None) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
+def bias_names(model: nn.Module) -> list[str]:
+    """Names of all bias parameters (``bias``, ``in_proj_bias``, …).
+
+    >>> bias_names(nn.MultiheadAttention(4, 2))
+    ['in_proj_bias', 'out_proj.bias']
+    """
+    leaves = ((n, n.rpartition(".")[2]) for n, _ in model.named_parameters())
+    return [name for name, leaf in leaves if leaf == "bias" or leaf.endswith("_bias")]
+
+
 def layer_index(name: str) -> int | None:
     """The number of the layer a module sits in: the first numeric part of its name behind another part, else the first.
 
@@ -169,7 +179,10 @@ def _word(word: str, linear: Callable[[nn.Module], bool], heads: set[str]) -> Ca
     if word == "all-linear":
         return lambda name, module: linear(module) and name not in heads
     roles = _WORD_ROLES[word]
-    return lambda name, module: role(name) in roles and name not in heads
+    packed = "qkv" in roles  # torch's attention has its projections inside, under no name of theirs
+    return lambda name, module: name not in heads and (
+        role(name) in roles or (packed and isinstance(module, nn.MultiheadAttention))
+    )
 
 
 def _explain(method, wanted, exclude, layers, modules, hit, kinds) -> str:
