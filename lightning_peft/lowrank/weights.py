@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_peft.lowrank.layers import LowRankLinear
 from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.lowrank.layers import LowRankLinear
 
 
 class DeltaSet(Delta):

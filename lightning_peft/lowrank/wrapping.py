@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_peft.adapted import Adapted
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank.factors import LowRank, Place
 from lightning_peft.lowrank.layers import LowRankConv, LowRankConv1D, LowRankEmbedding, LowRankLinear
 from lightning_peft.lowrank.weights import DeltaSet, LowRankAttention, LowRankProjection, LowRankStack
-from lightning_peft.adapted import Adapted
+from lightning_peft.match import as_patterns, matcher
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: names of projections whose output is queries, keys and values one after another, a third each
@@ -37,13 +38,15 @@ def stacked(module: nn.Module) -> dict[str, Tensor]:
     return found if len(counts) == 1 and min(min(p.shape) for p in found.values()) > 1 else {}
 
 
-def with_output(chosen: dict[str, nn.Module], banned: Callable[[str], bool]) -> dict[str, nn.Module]:
+def with_output(chosen: dict[str, nn.Module], exclude: str | list[str] | None, prefix: str) -> dict[str, nn.Module]:
     """An attention module brings its ``out_proj`` along, unless that is excluded."""
+    bans = [matcher(p) for p in as_patterns(exclude)]
     found: dict[str, nn.Module] = {}
     for name, module in chosen.items():
         found[name] = module
         output = f"{name}.out_proj"
-        if isinstance(module, nn.MultiheadAttention) and output not in chosen and not banned(output):
+        banned = any(ban(output) or ban(prefix + output) for ban in bans)
+        if isinstance(module, nn.MultiheadAttention) and output not in chosen and not banned:
             found[output] = module.out_proj
     return found
 

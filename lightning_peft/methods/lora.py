@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from lightning_peft import lowrank
+from lightning_peft.adapted import Adapted
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.lowrank.starts import STARTS, start
-from lightning_peft.match import as_patterns, bias_names, matcher
-from lightning_peft.adapted import Adapted
+from lightning_peft.match import bias_names, matcher
 from lightning_peft.method import Method, check_number
 
 _PARTS = ("q", "k", "v")
@@ -108,10 +108,7 @@ class LoRA(Method):
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The modules to wrap; an attention module of torch brings its output projection along."""
-        banned = [matcher(p) for p in as_patterns(self.exclude_modules)]
-        chosen = lowrank.with_output(
-            super().targets(model, prefix), lambda n: any(ban(n) or ban(prefix + n) for ban in banned)
-        )
+        chosen = lowrank.with_output(super().targets(model, prefix), self.exclude_modules, prefix)
         if self.fused_parts and not any(p.fused for n, m in chosen.items() for p in lowrank.places(m, n)):
             raise ConfigError(
                 f"fused_parts={self.fused_parts!r}: none of the {len(chosen)} targets is a fused query-key-value"
@@ -145,9 +142,7 @@ class LoRA(Method):
     def make(self, place: Place, name: str) -> LowRank:
         """The factors of one matrix of the layer ``name``, with their start values."""
         parts = tuple(i for i, p in enumerate(_PARTS) if p in self.fused_parts) if self.fused_parts else None
-        delta = self.factors(
-            place, self.rank(name), self.scaling(name), self.dropout, parts if place.fused else None
-        )
+        delta = self.factors(place, self.rank(name), self.scaling(name), self.dropout, parts if place.fused else None)
         self.fill(delta, place, name if place.name == "weight" else f"{name}.{place.name}")
         return delta
 
