@@ -17,6 +17,7 @@ from lightning_peft.callbacks.checks import (
     check_nothing_new,
     check_optimizers,
     check_present,
+    check_rates,
     check_strategy,
     check_trainer,
 )
@@ -108,6 +109,7 @@ class PEFT(L.Callback):
         """Say what trains, and make sure that it does."""
         check_nothing_new(pl_module)
         check_optimizers(trainer, pl_module)
+        check_rates(trainer, pl_module)
         rank_zero_info(describe(pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,6 +13,15 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class LowRankLinear(Adapted):
     """`nn.Linear` with a low-rank correction: ``y = Wx + b + s·B(A x)``."""
 
+    #: whether some code reads ``weight`` instead of calling this module (see `read_by_parents`)
+    read = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; the corrected one where it is read instead of this module being called."""
+        weight = self.base.weight
+        return self.delta.fold(weight).to(weight.dtype) if self.read and self.active else weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out)."""
         y = self.base(x)

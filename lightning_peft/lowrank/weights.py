@@ -66,11 +66,7 @@ class LowRankAttention(LowRankWeights):
 class LowRankProjection(LowRankLinear):
     """``out_proj`` of `nn.MultiheadAttention`: never called, its ``weight`` is read."""
 
-    @property
-    def weight(self) -> Tensor:
-        """The corrected weight while the adapter is on."""
-        weight = self.base.weight
-        return self.delta.fold(weight).to(weight.dtype) if self.active else weight
+    read = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out), for code that does call it."""

@@ -74,6 +74,15 @@ def wrap(module: nn.Module, name: str, make: Callable[[Place], LowRank]) -> Adap
     return kind(module, deltas["weight"])
 
 
+def read_by_parents(model: nn.Module) -> None:
+    """Tell layers in `nn.TransformerEncoderLayer` that its fast path reads their weights and calls none of them."""
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            for child in parent.children():
+                if isinstance(child, LowRankLinear):
+                    child.read = True
+
+
 def factors_of(module: Adapted) -> Iterator[LowRank]:
     """The factors in a wrapped module: one pair, or one for each parameter."""
     yield from (d for d in module.delta.modules() if isinstance(d, LowRank))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -145,6 +145,10 @@ class AdaLoRA(Method):
     def wrap(self, module: nn.Module, name: str) -> Adapted:
         """Wrap one layer."""
         return lowrank.wrap(module, name, lambda place: self.make(place, name))
+
+    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+        """Link layers to code that reads their weights."""
+        lowrank.read_by_parents(model)
 
     def make(self, place: Place, name: str) -> AdaLoRAFactors:
         """The triplets of one matrix: A and B from N(0, 0.02²)."""

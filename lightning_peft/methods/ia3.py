@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -43,6 +44,15 @@ class IA3Output(Adapted):
 
 class IA3Input(Adapted):
     """A linear layer whose input is rescaled: ``y = W(l ⊙ x) + b``."""
+
+    #: whether `nn.TransformerEncoderLayer`'s fast path reads ``weight`` instead of calling this module
+    read = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; the rescaled one where it is read instead of this module being called."""
+        weight = self.base.weight
+        return self.merged()["weight"].to(weight.dtype) if self.read and self.active else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out)."""
@@ -144,3 +154,9 @@ class IA3(Method):
         if means(self.feedforward_modules, name, module, self.is_linear):
             return IA3Input(module, IA3Scale(module.weight, size_in))
         return IA3Output(module, IA3Scale(module.weight, size_out))
+
+    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+        """Link layers to code that reads their weights."""
+        for parent in model.modules():
+            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(parent.linear2, IA3Input):
+                parent.linear2.read = True

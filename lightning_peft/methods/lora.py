@@ -139,6 +139,10 @@ class LoRA(Method):
         """Wrap one layer; the factors are drawn from a generator seeded by ``init_seed`` and ``name``."""
         return lowrank.wrap(module, name, lambda place: self.make(place, name))
 
+    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+        """Link layers to code that reads their weights."""
+        lowrank.read_by_parents(model)
+
     def make(self, place: Place, name: str) -> LowRank:
         """The factors of one matrix of the layer ``name``, with their start values."""
         parts = tuple(i for i, p in enumerate(_PARTS) if p in self.fused_parts) if self.fused_parts else None

@@ -121,6 +121,7 @@ class VeRA(Method):
         shared = VeRAShared(A.to(first.device, first.dtype), B.to(first.device, first.dtype))
         for delta in deltas:
             delta.shared = shared
+        lowrank.read_by_parents(model)
 
     def state_names(self, model: nn.Module) -> list[str]:
         """A and B."""
