@@ -160,7 +160,7 @@ def select(
         if not any(test(name, module) for test in tests):
             continue
         hit[name] = module
-        if _excluded(name, prefix, banned) or not kinds(module):
+        if excluded(name, prefix, banned) or not kinds(module):
             continue
         if layers is None or layer_index(name) in layers:
             chosen[name] = module
@@ -169,7 +169,7 @@ def select(
     return chosen
 
 
-def _excluded(name: str, prefix: str, banned: Sequence[Callable[[str], bool]]) -> bool:
+def excluded(name: str, prefix: str, banned: Sequence[Callable[[str], bool]]) -> bool:
     """Whether a module or one that contains it is banned."""
     parts = name.split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))] if banned else []

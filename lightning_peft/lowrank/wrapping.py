@@ -12,7 +12,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank.factors import LowRank, Place
 from lightning_peft.lowrank.layers import LowRankConv, LowRankConv1D, LowRankEmbedding, LowRankLinear
 from lightning_peft.lowrank.weights import DeltaSet, LowRankAttention, LowRankProjection, LowRankStack
-from lightning_peft.match import as_patterns, matcher
+from lightning_peft.match import as_patterns, excluded, matcher
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: names of projections whose output is queries, keys and values one after another, a third each
@@ -45,8 +45,8 @@ def with_output(chosen: dict[str, nn.Module], exclude: str | list[str] | None, p
     for name, module in chosen.items():
         found[name] = module
         output = f"{name}.out_proj"
-        banned = any(ban(output) or ban(prefix + output) for ban in bans)
-        if isinstance(module, nn.MultiheadAttention) and output not in chosen and not banned:
+        packed = isinstance(module, nn.MultiheadAttention) and output not in chosen
+        if packed and not excluded(output, prefix, bans):
             found[output] = module.out_proj
     return found
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.errors import NoMatchError
-from lightning_peft.match import as_patterns, bias_names, layer_index, matcher
+from lightning_peft.match import as_patterns, bias_names, excluded, layer_index, matcher
 from lightning_peft.method import Method
 
 
@@ -50,8 +50,7 @@ class BitFit(Method):
         found = [
             n
             for n, owner in owners.items()
-            if not any(ban(part) for ban in banned for part in _above(owner))
-            and (self.layers is None or layer_index(owner) in self.layers)
+            if not excluded(owner, "", banned) and (self.layers is None or layer_index(owner) in self.layers)
         ]
         if not found:
             why = (
@@ -61,9 +60,3 @@ class BitFit(Method):
             )
             raise NoMatchError(f"BitFit: {type(model).__name__} has no bias to train. {why}")
         return found
-
-
-def _above(name: str) -> list[str]:
-    """The module and all that contain it."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
