@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,15 @@ class LowRank(Delta):
             A = torch.cat([A, self.start_A], self.stacked)
             B = torch.cat([B, self.start_B * -self.scaling], self.stacked + 1)
         return A, B if self.parts is None else self.spread(B)
+
+    @classmethod
+    def saved(cls, tensors: Mapping[str, Tensor], scaling: float, stacked: int) -> tuple[Tensor, Tensor]:
+        """As `factors`, from the tensors in a file: A (…, r, in · kernel) and B (…, out, r)."""
+        A, B = tensors["lora_A"].flatten(stacked + 1), tensors["lora_B"].flatten(stacked + 1) * scaling
+        if "start_A" in tensors:
+            A = torch.cat([A, tensors["start_A"].flatten(stacked + 1)], -2)
+            B = torch.cat([B, tensors["start_B"].flatten(stacked + 1) * -scaling], -1)
+        return A, B
 
     def spread(self, B: Tensor) -> Tensor:
         """Put the blocks of the parts at their rows and at their columns of the stacked A."""

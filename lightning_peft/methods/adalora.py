@@ -35,6 +35,14 @@ class AdaLoRAFactors(LowRank):
         gain = (self.lora_E * self.scaling).view(*self.lora_E.shape, *(1,) * (self.lora_A.ndim - self.lora_E.ndim))
         return self.lora_A * gain, self.lora_B
 
+    @classmethod
+    def saved(cls, tensors: Mapping[str, Tensor], scaling: float, stacked: int) -> tuple[Tensor, Tensor]:
+        """As `factors`, from the tensors in a file, without the pruned triplets of a single matrix."""
+        A, B = super().saved(tensors, scaling, stacked)
+        gain = tensors["lora_E"]
+        A, keep = A * gain.unsqueeze(-1), gain != 0
+        return (A, B) if stacked or not keep.any() else (A[keep], B[:, keep])
+
     def orthogonality(self) -> list[Tensor]:
         """``‖A·Aᵀ - I‖`` and ``‖Bᵀ·B - I‖``."""
         A, B = self.lora_A.flatten(self.stacked + 1), self.lora_B.flatten(self.stacked + 1)
@@ -106,6 +114,9 @@ class AdaLoRA(Method):
     default_lr: ClassVar[float] = 1e-3
     lr_range: ClassVar[tuple[float, float]] = (2e-4, 5e-3)
     lr_source: ClassVar[str] = "the paper, arXiv:2303.10512, appendix D: 5e-4 to 2.2e-3 on GLUE"
+    factors: ClassVar[type[LowRank]] = AdaLoRAFactors
+    #: whether corrections of several files add up (see `combine`)
+    additive: ClassVar[bool] = True
 
     init_r: int = 12
     target_r: int = 8
@@ -142,6 +153,10 @@ class AdaLoRA(Method):
         """The modules to wrap; an attention module of torch brings its output projection along."""
         return lowrank.with_output(super().targets(model, prefix), self.exclude_modules, prefix)
 
+    def scaling(self, name: str) -> float:
+        """Factor in front of the triplets; the initial rank counts, also after pruning."""
+        return self.alpha / (self.init_r + 1e-5)
+
     def wrap(self, module: nn.Module, name: str) -> Adapted:
         """Wrap one layer."""
         return lowrank.wrap(module, name, lambda place: self.make(place, name))
@@ -152,7 +167,7 @@ class AdaLoRA(Method):
 
     def make(self, place: Place, name: str) -> AdaLoRAFactors:
         """The triplets of one matrix: A and B from N(0, 0.02²)."""
-        delta = AdaLoRAFactors(place, self.init_r, self.alpha / (self.init_r + 1e-5), self.dropout)
+        delta = AdaLoRAFactors(place, self.init_r, self.scaling(name), self.dropout)
         if not delta.lora_A.is_meta:
             generator = self.generator(name if place.name == "weight" else f"{name}.{place.name}")
             options = {"generator": generator, "dtype": delta.lora_A.dtype}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,6 +44,14 @@ class DeltaFactors(LowRank):
             torch.cat([A, new_A, self.snapshot_A], self.stacked),
             torch.cat([B, new_B * gain, old_B * -gain], self.stacked + 1),
         )
+
+    @classmethod
+    def saved(cls, tensors: Mapping[str, Tensor], scaling: float, stacked: int) -> tuple[Tensor, Tensor]:
+        """As `factors`, from the tensors in a file."""
+        A, B = super().saved(tensors, scaling, stacked)
+        gain = tensors["follow"] * scaling
+        new, old = ([tensors[f"{x}_{m}"].flatten(stacked + 1) for m in "AB"] for x in ("lora", "snapshot"))
+        return torch.cat([A, new[0], old[0]], -2), torch.cat([B, new[1] * gain, old[1] * -gain], -1)
 
     def take_snapshot(self, update_ratio: float) -> None:
         """From now on the weight follows."""

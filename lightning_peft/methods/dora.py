@@ -63,6 +63,11 @@ class DoRA(LoRA):
     lr_range: ClassVar[tuple[float, float]] = (5e-5, 2e-3)
     lr_source: ClassVar[str] = "the paper, arXiv:2402.09353, appendix A.1: 1e-4 to 2e-4; the range is LoRA's"
     factors: ClassVar[type[LowRank]] = DoRAFactors
+    additive: ClassVar[bool] = False
+    why_not_additive: ClassVar[str] = (
+        "its magnitudes rescale the rows of the base, which the file does not hold, so corrections do not add up."
+        " Merge it into a model (merge_and_unload) and train the next adapter on top."
+    )
 
     def fill(self, delta: LowRank, place: Place, name: str) -> None:
         """Start values of the factors, then the norms they give."""

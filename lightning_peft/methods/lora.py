@@ -66,6 +66,8 @@ class LoRA(Method):
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"init", "lr_ratio", "lr_embedding"}
     #: the factors of one matrix; relatives have their own
     factors: ClassVar[type[LowRank]] = LowRank
+    #: whether corrections of several files add up (see `combine`)
+    additive: ClassVar[bool] = True
 
     r: int = 8
     alpha: float = 16
