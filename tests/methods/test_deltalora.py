@@ -25,7 +25,7 @@ from tests.golden_case import Golden, adapter_parameters
 from tests.models import Foreign, frozen_copy, loader, logits, trainer
 
 #: the battery runs a few steps at a high rate: let the weight follow within them, and not threefold
-BATTERY_FIELDS = {"start_step": 1, "update_ratio": 0.5}
+BATTERY_FIELDS = {"start_step": 1, "update_ratio": 0.5, "alpha": 4}
 
 
 def test_golden_steps():
