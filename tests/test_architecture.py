@@ -18,6 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
+    ["quantized"],
     ["adapted"],
     ["match"],
     ["heads"],

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta, factor_dtype
+from lightning_peft.quantized import plain
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class LowRank(Delta):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A weight as (out, in), in the dtype of the factors."""
-        wide = weight.to(factor_dtype(weight))
+        wide = plain(weight).to(factor_dtype(weight))
         return wide.mT if self.transposed else wide.flatten(self.stacked + 1)
 
     def combine(self, matrix: Tensor) -> Tensor:

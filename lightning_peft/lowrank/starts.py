@@ -27,7 +27,8 @@ def start(delta: LowRank, place: Place, init: str, generator: torch.Generator, n
     if init in SUBTRACTED:
         _check_rank(delta, place, init, name)
         split = _singular if init == "pissa" else _triangular
-        delta.fill(*split(delta.matrix(place.weight.detach()), delta.rank, delta.scaling))
+        with torch.no_grad():  # a packed weight forgets by detach() how it is packed
+            delta.fill(*split(delta.matrix(place.weight), delta.rank, delta.scaling))
         delta.subtract_start()
     elif init == "orthogonal":
         delta.fill(*_orthogonal(delta, generator, name))

@@ -8,4 +8,5 @@ from lightning_peft.methods.full import FullFineTuning as FullFineTuning
 from lightning_peft.methods.ia3 import IA3 as IA3
 from lightning_peft.methods.lora import LoRA as LoRA
 from lightning_peft.methods.lorafa import LoRAFA as LoRAFA
+from lightning_peft.methods.qlora import QLoRA as QLoRA
 from lightning_peft.methods.vera import VeRA as VeRA
