@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import CheckpointError
+from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.files import SECTION, locate, read, write_adapter
 from lightning_peft.fingerprint import difference
 from lightning_peft.injection import place, remove, settle_outside

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.checkpoint import Source, check_version, method_from
+from lightning_peft.checkpoint import Source
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.files import SECTION, read, write_adapter
 from lightning_peft.fingerprint import difference
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.verify import method_from, verify_section
 
 How = Literal["linear", "cat", "svd", "ties", "dare"]
 #: A and B of one matrix, (…, r, in) and (…, out, r), with everything in them: the correction is B·A
@@ -111,7 +112,7 @@ def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], LoRA]
         state, info = dict(source["state_dict"]), source[SECTION]
     else:
         state, info = read(source)
-    check_version(info, where)
+    verify_section(info, where)
     if len(info["methods"]) != 1:
         raise CheckpointError(f"{where} holds {len(info['methods'])} methods; combine takes files with one.")
     method = method_from(info["methods"][0], where)
