@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import MergeError
+from lightning_peft.quantized import packed
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -56,8 +57,20 @@ class Adapted(nn.Module):
         """
         raise MergeError(f"{type(self).__name__} cannot be merged into weights.")
 
+    def obstacle(self) -> str | None:
+        """Why the base cannot take merged tensors, or None."""
+        width = packed(self.base)
+        if width is None:
+            return None
+        return (
+            f"the base weights are stored in {width} bits, and rounding the sum to {width} bits again would change what"
+            " was trained."
+        )
+
     def merge(self) -> None:
         """Swap the merged tensors in; the originals are kept, so that `unmerge` restores the very same objects."""
+        if reason := self.obstacle():
+            raise MergeError(f"Cannot merge: {reason}")
         with torch.no_grad():
             tensors = self.merged()
         for name, tensor in tensors.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import CheckpointError
+from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.files import SECTION, locate, read, write_adapter
 from lightning_peft.fingerprint import difference
 from lightning_peft.injection import place, remove, settle_outside
@@ -153,7 +153,7 @@ def inject_from(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
     targets = [{n: modules[n] for n in entry["targets"]} for entry in info["methods"]]
     try:
         place(root, methods, targets, info["modules_to_save"], info["new_modules"])
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (ConfigError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{where}: its methods do not fit {type(root).__name__}: {error}") from error
     settle_outside(model)
     ours = require(model)[0].base

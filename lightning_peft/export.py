@@ -12,14 +12,18 @@ from typing import Any
 from safetensors.torch import save_model
 from torch import nn
 
-from lightning_peft.merging import merge_and_unload
+from lightning_peft.checkpoint import adapter_state_dict, load_adapter, section
+from lightning_peft.errors import MergeError
+from lightning_peft.files import SECTION
+from lightning_peft.merging import merge_and_unload, obstacle
 from lightning_peft.trainable import MARK, require
 
 
 def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
     """Write the merged network: a ``from_pretrained`` folder for a transformers model, else ``model.safetensors``.
 
-    The model itself stays as it is. Everything is written to a temporary folder first, then moved into place.
+    The model itself stays as it is. A base in few bits is loaded once more, in floats, from where it came: nothing is
+    rounded to few bits again. Everything is written to a temporary folder first, then moved into place.
 
     Args:
         model: an adapted LightningModule or network.
@@ -27,7 +31,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
         tokenizer: tokenizer or processor to write beside a transformers model.
 
     Raises:
-        MergeError: the method does not merge.
+        MergeError: the method does not merge, or the float base of a quantised model cannot be found.
 
     >>> import os, tempfile
     >>> from torch import nn
@@ -57,7 +61,31 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
 
 def plain_copy(root: nn.Module) -> nn.Module:
     """A merged copy of the network without wrappers, on the CPU."""
-    merged = copy.deepcopy(root).cpu()
-    assert MARK in merged.__dict__
+    assert MARK in root.__dict__
+    if reason := obstacle(root):
+        merged = float_base(root, reason)
+        load_adapter(merged, {"state_dict": adapter_state_dict(root), SECTION: section(root)})
+    else:
+        merged = copy.deepcopy(root).cpu()
     merge_and_unload(merged)
     return merged
+
+
+def float_base(root: nn.Module, reason: str = "") -> nn.Module:
+    """The base of a quantised transformers model once more, in floats, from where it was loaded.
+
+    Raises:
+        MergeError: it cannot be found there.
+    """
+    config = copy.deepcopy(getattr(root, "config", None))
+    source = getattr(config, "_name_or_path", "")
+    if config is None or not source:
+        raise MergeError(
+            f"Cannot merge: {reason} The model does not say where its base came from, so no float base can be loaded:"
+            " build it in floats, load_adapter(base, file), then save_merged(base, folder)."
+        )
+    config.__dict__.pop("quantization_config", None)
+    try:
+        return type(root).from_pretrained(source, config=config, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise MergeError(f"Cannot merge: {reason} Its float base could not be loaded from {source}: {error}") from error

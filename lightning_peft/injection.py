@@ -14,6 +14,7 @@ from lightning_peft.fingerprint import fingerprint
 from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method
+from lightning_peft.quantized import bits
 from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
 from lightning_peft.trainable import (
     MARK,
@@ -178,7 +179,13 @@ def _thawed(root, methods, targets, saved) -> list[nn.Parameter]:
     names = [n for m, chosen in zip(methods, targets, strict=True) for n in m.thaw(root, chosen)]
     parameters = [root.get_parameter(n) for n in names]
     for name in saved:
-        parameters += [p for p in root.get_submodule(name).parameters() if p.is_floating_point()]
+        own = dict(root.get_submodule(name).named_parameters())
+        if stuck := [n for n, p in own.items() if bits(p) is not None]:
+            raise ConfigError(
+                f"{name}.{stuck[0]} is to train but is stored in few bits. Leave it out of the quantisation, with"
+                f" BitsandbytesPrecision(ignore_modules=…) or BitsAndBytesConfig(llm_int8_skip_modules=[{name!r}])."
+            )
+        parameters += [p for p in own.values() if p.is_floating_point()]
     return list({id(p): p for p in parameters}.values())
 
 

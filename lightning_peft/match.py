@@ -1,8 +1,8 @@
 """Patterns to modules: which parts of a network a method adapts.
 
 A pattern without a wildcard is a full dotted name or its trailing dotted part (``q_proj``); with ``* ? [`` it is a
-glob over the full name; ``re:`` starts a regular expression. The words ``all-linear``, ``attention`` and ``mlp``
-stand for roles and need no names.
+glob over the full name; ``re:`` starts a regular expression. The words ``all-linear``, ``attention``, ``mlp``,
+``key-value`` and ``down-projection`` stand for roles and need no names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import NoMatchError
 
-WORDS = ("all-linear", "attention", "mlp")
+WORDS = ("all-linear", "attention", "mlp", "key-value", "down-projection")
 
 #: role -> expression over the full dotted name; the names are those of transformers 5 and torch.
 ROLES: dict[str, str] = {
@@ -34,7 +34,12 @@ ROLES: dict[str, str] = {
     "down": r"(^|\.)(down_proj|fc2|lin2|linear2|DenseReluDense\.wo|mlp\.(c_proj|Wo)|(?<!attention\.)output\.dense"
     r"|dense_4h_to_h)$",
 }
-_WORD_ROLES = {"attention": ("q", "k", "v", "qkv", "o"), "mlp": ("up", "down")}
+_WORD_ROLES = {
+    "attention": ("q", "k", "v", "qkv", "o"),
+    "mlp": ("up", "down"),
+    "key-value": ("k", "v", "qkv"),
+    "down-projection": ("down",),
+}
 
 
 def role(name: str) -> str | None:
@@ -70,6 +75,16 @@ def as_patterns(patterns: str | Sequence[str] | None) -> list[str]:
     if patterns is None:
         return []
     return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def bias_names(model: nn.Module) -> list[str]:
+    """Names of all bias parameters (``bias``, ``in_proj_bias``, …).
+
+    >>> bias_names(nn.MultiheadAttention(4, 2))
+    ['in_proj_bias', 'out_proj.bias']
+    """
+    leaves = ((n, n.rpartition(".")[2]) for n, _ in model.named_parameters())
+    return [name for name, leaf in leaves if leaf == "bias" or leaf.endswith("_bias")]
 
 
 def layer_index(name: str) -> int | None:
@@ -161,6 +176,18 @@ def excluded(name: str, prefix: str, banned: Sequence[Callable[[str], bool]]) ->
     return any(ban(prefix + path) or ban(path) for path in paths for ban in banned)
 
 
+def means(patterns: str | Sequence[str], name: str, module: nn.Module, linear: Callable[[nn.Module], bool]) -> bool:
+    """Whether one of the patterns or words means this module; a pattern may be written with a path in front.
+
+    >>> means("down-projection", "layers.0.mlp.down_proj", nn.Linear(1, 1), bool), means("net.0", "0", nn.Tanh(), bool)
+    (True, True)
+    """
+    return any(
+        _word(p, linear, set())(name, module) if p in WORDS else matcher(p)(name) or p.endswith("." + name)
+        for p in as_patterns(patterns)
+    )
+
+
 def _named(test: Callable[[str], bool], prefix: str) -> Callable[[str, nn.Module], bool]:
     return lambda name, _: test(name) or (bool(prefix) and test(prefix + name))
 
@@ -169,7 +196,10 @@ def _word(word: str, linear: Callable[[nn.Module], bool], heads: set[str]) -> Ca
     if word == "all-linear":
         return lambda name, module: linear(module) and name not in heads
     roles = _WORD_ROLES[word]
-    return lambda name, module: role(name) in roles and name not in heads
+    packed = "qkv" in roles  # torch's attention has its projections inside, under no name of theirs
+    return lambda name, module: (
+        name not in heads and (role(name) in roles or (packed and isinstance(module, nn.MultiheadAttention)))
+    )
 
 
 def _explain(method, wanted, exclude, layers, modules, hit, kinds) -> str:

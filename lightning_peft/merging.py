@@ -7,7 +7,7 @@ from torch import nn
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import remove
 from lightning_peft.switching import switch
-from lightning_peft.trainable import refuse_disabled, require
+from lightning_peft.trainable import adapted_modules, refuse_disabled, require
 
 
 def merge(model: nn.Module) -> None:
@@ -76,6 +76,16 @@ def refuse(model: nn.Module) -> None:
                 f"{type(method).__name__} cannot be merged: {method.why_not_mergeable} Keep the adapter beside the"
                 " base: save_adapter(model, path)."
             )
+    if reason := obstacle(model):
+        raise MergeError(
+            f"Cannot merge in place: {reason} save_merged(model, folder) writes a merged float model where the original"
+            " base can be loaded again."
+        )
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why base weights of this model cannot take merged values (packed to few bits), or None."""
+    return next((reason for _, m in adapted_modules(model) if (reason := m.obstacle())), None)
 
 
 def tied_parameters(root: nn.Module) -> set[tuple[str, ...]]:

@@ -63,5 +63,35 @@ class Golden:
             ours = parameters[key].grad
             assert ours is not None, key
             torch.testing.assert_close(
-                ours, grad, atol=tolerance["suggested_grad_atol"], rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+                ours.reshape(grad.shape),
+                grad,
+                atol=tolerance["suggested_grad_atol"],
+                rtol=0,
+                msg=lambda m, k=key: f"{k}: {m}",
             )
+
+
+#: the reference's names of tensors, and ours
+_LEAVES = {
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude",
+    "vera_lambda_b": "vera_b",
+    "vera_lambda_d": "vera_d",
+}
+
+
+def adapter_parameters(case: Golden, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The case's adapter keys to the parameters of the adapted model, filled with the case's values."""
+    found = {}
+    for key, value in case.part("adapter").items():
+        name, _, leaf = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        leaf = _LEAVES.get(leaf, leaf)
+        if key.startswith("base_model.vera_"):  # one pair of matrices for all layers
+            delta = next(m for m in model.modules() if hasattr(m, leaf := key.removeprefix("base_model.")))
+        else:
+            delta = model.get_submodule(name.replace(".base_layer", "")).delta
+            delta = getattr(delta, "in_proj_weight", delta)
+        found[key] = getattr(delta, leaf)
+        found[key].data.copy_(value.reshape(found[key].shape))
+    return found

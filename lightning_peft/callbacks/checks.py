@@ -69,3 +69,28 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         )
     if not trainer.optimizers:
         rank_zero_warn("configure_optimizers returned no optimizer: the adapters will not train.")
+
+
+def check_rates(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """A method whose groups have learning rates in some ratio (LoRA+) must find that ratio in the optimizer."""
+    rates = {
+        id(p): float(group.get("initial_lr", group["lr"]))  # a warm-up may have set lr to 0 already
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    for method in require(pl_module)[0].methods:
+        once, twice = (method.param_groups(pl_module, lr, 0.0) for lr in (1.0, 2.0))
+        factors = [b["lr"] - a["lr"] for a, b in zip(once, twice, strict=True)]  # 0 for a rate of its own
+        if len(set(factors) - {0.0}) < 2:
+            continue
+        pairs = zip(once, factors, strict=True)
+        bases = [rates[id(p)] / f for group, f in pairs if f for p in group["params"] if id(p) in rates]
+        if bases and max(bases) > min(bases) * 1.0001:
+            name = type(method).__name__
+            raise TrainingError(
+                f"{name} asks for learning rates in fixed ratios, and the optimizer has other ones, so they would not"
+                " be applied. In configure_optimizers build it from the method's groups, method being that"
+                f" {name}(...): torch.optim.AdamW(method.param_groups(self, lr=1e-4, weight_decay=0.0)). Adding groups"
+                " later would break learning-rate schedulers."
+            )

@@ -12,8 +12,8 @@ from lightning_peft.callbacks.best import best_path
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
-from lightning_peft.export import save_merged
-from lightning_peft.merging import merge
+from lightning_peft.export import float_base, save_merged
+from lightning_peft.merging import merge, obstacle
 from lightning_peft.method import Method
 from lightning_peft.trainable import find, require
 
@@ -56,13 +56,18 @@ class MergeOnFitEnd(L.Callback):
         methods = require(pl_module)[0].methods
         if self.dirpath and any(not m.mergeable for m in methods):
             self._check(methods)
+        if reason := obstacle(pl_module):
+            if self.dirpath:
+                float_base(require(pl_module)[2], reason)  # better now than after hours of training
+            rank_zero_warn(f"MergeOnFitEnd leaves the adapters beside the base: {reason}")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load, merge, write."""
         self._restore(trainer, pl_module)
         if any(not m.mergeable for m in require(pl_module)[0].methods):
             return
-        merge(pl_module)
+        if obstacle(pl_module) is None:
+            merge(pl_module)
         if self.dirpath and trainer.is_global_zero and not trainer.fast_dev_run:
             data = getattr(trainer, "datamodule", None)
             save_merged(pl_module, self.dirpath, getattr(data, "tokenizer", None))

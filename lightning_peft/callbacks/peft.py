@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -17,6 +18,7 @@ from lightning_peft.callbacks.checks import (
     check_nothing_new,
     check_optimizers,
     check_present,
+    check_rates,
     check_strategy,
     check_trainer,
 )
@@ -72,7 +74,11 @@ class PEFT(L.Callback):
         check_trainer(trainer)
         check_strategy(trainer)
         self._check_order(trainer, pl_module, stage)
-        if is_overridden("configure_model", pl_module):
+        deferred = is_overridden("configure_model", pl_module)
+        if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not deferred:
+            # Lightning would do so a moment later: methods then see the layers that train
+            trainer.precision_plugin.convert_module(pl_module)
+        if deferred:
             pl_module.__dict__["_peft_pending"] = (self, str(stage), pl_module.__dict__.get("configure_model"))
             pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
         else:
@@ -108,6 +114,7 @@ class PEFT(L.Callback):
         """Say what trains, and make sure that it does."""
         check_nothing_new(pl_module)
         check_optimizers(trainer, pl_module)
+        check_rates(trainer, pl_module)
         rank_zero_info(describe(pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

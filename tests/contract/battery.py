@@ -15,7 +15,8 @@ import lightning_peft
 from lightning_peft import Method, adapter_state_dict, trainable_names
 from tests.models import MODELS, batch
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "method").glob("*.yaml"))
+#: QLoRA needs a base in 4 bits, which the models here are not: tests/methods/test_qlora.py
+CONFIGS = sorted(c for c in (Path(__file__).parents[2] / "configs" / "method").glob("*.yaml") if c.stem != "qlora")
 
 
 def example(config: Path, folder: Path, kind: str) -> Method:

@@ -1,36 +1,55 @@
 """LoRA against peft's numbers and the closed form."""
 
+import copy
+import json
 import math
+import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lightning_peft import (
+    PEFT,
     ConfigError,
     LoRA,
+    TrainingError,
+    disabled,
     inject,
+    load_adapter,
     merge,
+    save_adapter,
+    state_names,
     summarize,
     trainable_names,
+    unload,
     unmerge,
 )
-from tests.golden_case import Golden
+from tests.golden_case import FOLDER, Golden, adapter_parameters
+from tests.models import Plain, plain_loader, trainer
 
-CASES = ["lora_qv_bert", "lora_qv_llama", "lora_all_linear_llama", "lora_conv1d_gpt2", "lora_embedding_llama"]
+CASES = [
+    "lora_qv_bert",
+    "lora_qv_llama",
+    "lora_all_linear_llama",
+    "lora_conv1d_gpt2",
+    "lora_embedding_llama",
+    "rslora_qkvo_llama",
+    "lora_conv2d_toy",
+    "lora_conv2d_dilated_circular",
+    "lora_conv2d_grouped_flat",
+    "lora_mha_cross_padded",
+    "lora_mha_encoder_layers",
+]
 
 
 def inject_golden(case: Golden) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The case's model with LoRA and its adapter values; the case's keys to our parameters."""
     h, model = case.meta["hyperparameters"], case.model()
-    inject(model, LoRA(r=h["r"], alpha=h["alpha"], target_modules=case.meta["adapted_modules"]))
-    parameters = {}
-    for key, value in case.part("adapter").items():
-        name, _, leaf = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        ours = getattr(model.get_submodule(name).delta, leaf.replace("embedding_", ""))
-        ours.data.copy_(value)
-        parameters[key] = ours
-    return model, parameters
+    rslora = case.meta["method"] == "rslora"
+    inject(model, LoRA(r=h["r"], alpha=h["alpha"], use_rslora=rslora, target_modules=case.meta["adapted_modules"]))
+    return model, adapter_parameters(case, model)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -47,8 +66,10 @@ def test_golden_merged(name):
     case = Golden(name)
     model, _ = inject_golden(case)
     merge(model)
+    weights = {n.replace(".base.", "."): p.data for n, p in model.named_parameters()}
     for key, weight in case.part("output.merged_weight").items():
-        torch.testing.assert_close(model.get_submodule(key).base.weight.data, weight, atol=2e-6, rtol=0)
+        ours = weights[key] if key in weights else weights[f"{key}.weight"]
+        torch.testing.assert_close(ours, weight, atol=2e-6, rtol=0)
     atol = case.meta["tolerance"]["suggested_atol"]
     torch.testing.assert_close(case.run(model), case.tensors["output.adapted"], atol=atol, rtol=0)
 
@@ -138,8 +159,137 @@ def test_dropout_only_while_training():
         ({"init": "zeros"}, r"LoRA\(init='zeros'\): choose one of kaiming"),
         ({"bias": "some"}, "choose one of none, all, lora_only"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"lr_ratio": 0.5}, "lr_ratio must be at least 1"),
     ],
 )
 def test_bad_values(fields, message):
     with pytest.raises(ConfigError, match=message):
         LoRA(**fields)
+
+
+# ---- start values that come from the weight ------------------------------------------------------------------------
+def test_golden_pissa():
+    """s·B·A and what it leaves of the weight; the output is the base's."""
+    case = Golden("pissa_llama")
+    h, model = case.meta["hyperparameters"], case.model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    inject(model, LoRA(r=h["r"], alpha=h["alpha"], init="pissa", target_modules=case.meta["adapted_modules"]))
+    assert summarize(model)["trainable"] == case.meta["trainable_parameters"]
+    atol = case.meta["tolerance"]["suggested_atol"]
+    torch.testing.assert_close(case.run(model), case.tensors["output.adapted"], atol=atol, rtol=0)
+    for name, delta_weight in case.part("output.delta_weight").items():
+        module = model.get_submodule(name)
+        ours = module.delta.scaling * module.delta.lora_B @ module.delta.lora_A
+        torch.testing.assert_close(ours, delta_weight, atol=1e-5, rtol=0)
+        residual = case.tensors[f"output.residual_weight.{name}"]
+        torch.testing.assert_close(module.base.weight - ours, residual, atol=1e-5, rtol=0)
+        assert torch.equal(module.base.weight, before[f"{name}.weight"])  # the base itself is not touched
+    assert set(state_names(model)) == {f"{n}.delta.start_{x}" for n in case.meta["adapted_modules"] for x in ("A", "B")}
+
+
+def test_olora_is_the_qr_decomposition():
+    net = nn.Sequential(nn.Linear(6, 9)).double()
+    weight = net[0].weight.detach().clone()
+    inject(net, LoRA(r=4, alpha=4, init="olora"))
+    Q, R = torch.linalg.qr(weight)
+    torch.testing.assert_close(net[0].delta.lora_B @ net[0].delta.lora_A, Q[:, :4] @ R[:4])
+
+
+def test_orthogonal_starts_at_zero_though_neither_factor_is():
+    net = nn.Sequential(nn.Linear(6, 9)).double()
+    inject(net, LoRA(r=4, init="orthogonal"))
+    A, B = net[0].delta.lora_A, net[0].delta.lora_B
+    assert A.abs().min() > 0 and B.abs().min() > 0 and (B @ A).abs().max() < 1e-15
+
+
+def test_starts_that_cannot_be():
+    net = nn.Sequential(nn.Linear(6, 9))
+    with pytest.raises(ConfigError, match=r"'0' \(9 × 6\) has no 8 directions to start from"):
+        inject(net, LoRA(r=8, init="pissa"))
+    with pytest.raises(ConfigError, match="r must be even; it is 3"):
+        inject(net, LoRA(r=3, init="orthogonal"))
+    assert [type(m) for m in net] == [nn.Linear]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_start_product_travels(init, tmp_path):
+    """Trained from the weight, saved small, reloaded on a fresh base bit for bit; the fingerprint stays the base's."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 20))
+    net, x = copy.deepcopy(plain), torch.randn(5, 20)
+    inject(net, LoRA(r=2, init=init))
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(x).pow(2).sum().backward()
+        optimizer.step()
+    save_adapter(net, tmp_path / "a.safetensors")
+    fresh = copy.deepcopy(plain)
+    load_adapter(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(x), net(x))
+    with disabled(net):
+        assert torch.equal(net(x), plain(x))
+    unload(net)
+    assert torch.equal(net(x), plain(x))
+
+
+# ---- LoRA+ ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["loraplus_groups_bert_classifier", "loraplus_groups_llama"])
+def test_loraplus_groups(name):
+    """The same tensors at the same rates as peft's optimizer."""
+    meta = json.loads((FOLDER / f"{name}.json").read_text())
+    h, spec = meta["hyperparameters"], meta["model"]
+    config = transformers.AutoConfig.for_model(spec["model_type"], **spec["config"])
+    model = getattr(transformers, spec["auto_class"]).from_config(config)
+    method = LoRA(
+        r=h["r"],
+        target_modules=h["targets"],
+        lr_ratio=h["ratio"],
+        lr_embedding=h["lr_embedding"],
+        bias=h.get("bias", "none"),
+        modules_to_save=h.get("trained_modules"),
+    )
+    inject(model, method)
+    names = {id(p): n for n, p in model.named_parameters()}
+    ours = {
+        g["name"]: (pytest.approx(g["lr"]), g["weight_decay"], {names[id(p)] for p in g["params"]})
+        for g in method.param_groups(model, h["lr"], h["weight_decay"])
+    }
+    theirs = {
+        g["group"]: (g["lr"], g["weight_decay"], {_ours(n) for n in g["parameters"]})
+        for g in meta["groups"]
+        if g["parameters"]
+    }
+    assert ours == theirs
+
+
+def _ours(name: str) -> str:
+    """Our name of one of peft's tensors."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".base.")
+    return re.sub(r"\.lora_(embedding_)?([AB])(\.weight)?$", r".delta.lora_\2", name)
+
+
+class Optimized(Plain):
+    """Plain, with an optimizer given from outside."""
+
+    def __init__(self, groups) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.groups(self), lr=1e-2)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 2))]
+
+
+def test_loraplus_needs_its_groups(tmp_path):
+    """One group for all would drop the ratio silently: an error that shows the line; a warm-up from 0 is fine."""
+    method = LoRA(r=2, lr_ratio=16.0)
+    plain = Optimized(lambda module: [p for p in module.parameters() if p.requires_grad])
+    with pytest.raises(TrainingError, match=r"AdamW\(method.param_groups\(self, lr=1e-4"):
+        trainer(tmp_path, PEFT(method)).fit(plain, plain_loader())
+    trainer(tmp_path, PEFT(LoRA(r=2))).fit(plain_again := Optimized(plain.groups), plain_loader())
+    assert plain_again.trainer.global_step == 8
+    grouped = Optimized(lambda module: method.param_groups(module, 1e-2, 0.0))
+    trainer(tmp_path, PEFT(method)).fit(grouped, plain_loader())
+    rates = {g["name"]: g["initial_lr"] for g in grouped.trainer.optimizers[0].param_groups}
+    assert rates == {"A": 1e-2, "B": pytest.approx(0.16)}

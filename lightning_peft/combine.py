@@ -1,0 +1,261 @@
+"""New adapters out of trained ones, from their files alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_peft.checkpoint import Source
+from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.files import SECTION, read, write_adapter
+from lightning_peft.fingerprint import difference
+from lightning_peft.methods.lora import LoRA
+from lightning_peft.verify import method_from, verify_section
+
+How = Literal["linear", "cat", "svd", "ties", "dare"]
+#: A and B of one matrix, (…, r, in) and (…, out, r), with everything in them: the correction is B·A
+Factors = tuple[Tensor, Tensor]
+#: the dimensions of A and B, in the file, behind (…, r, ·) and (…, out, r): the kernel of a convolution
+Tails = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def combine(
+    paths: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    how: How = "linear",
+    *,
+    r: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    path: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """Combine low-rank adapters of one base model into a new one.
+
+    What is combined are the corrections ``ΔW_i = s_i·B_i·A_i`` themselves, each with its own rank and scaling. (A sum
+    of the A and of the B, as elsewhere, is no sum of corrections.) A module that a file does not adapt counts as a
+    correction of zero. Tensors trained in full (heads, biases) become their weighted mean.
+
+    Args:
+        paths: adapter files or checkpoints of `LoRA`, `LoRAFA`, `DeltaLoRA`, `AdaLoRA`, or what this function returned.
+        weights: a factor for each; None: equal ones that sum to 1, for ``ties`` 1 each, since it takes means itself.
+        how: ``cat`` stacks the factors: exactly ``Σ w_i·ΔW_i``, rank ``Σ r_i``. ``linear`` is the same sum in the
+            fewest directions that hold it, ``svd`` its best approximation of rank ``r``. ``ties`` (Yadav et al. 2023,
+            arXiv:2306.01708) keeps the largest entries of each correction, elects a sign for each entry and averages
+            the weighted ones that agree; ``dare`` (Yu et al. 2023, arXiv:2311.03099) keeps random entries, rescales
+            them, and sums. Both approximate the result by rank ``r``.
+        r: rank of the result for ``svd`` (default: the largest rank given), ``ties`` and ``dare`` (default: ``Σ r_i``).
+        density: share of entries that ``ties`` and ``dare`` keep.
+        seed: of the entries that ``dare`` drops.
+        path: a ``.safetensors`` file to write.
+
+    Returns:
+        A new `LoRA` adapter as `load_adapter` takes it: ``{"state_dict": …, "lightning_peft": …}``.
+
+    Raises:
+        CheckpointError: another base model or method; `DoRA` and its reason.
+        ConfigError: values that cannot work.
+
+    >>> import os, tempfile
+    >>> from torch import nn
+    >>> from lightning_peft import LoRA, combine, inject, load_adapter, save_adapter
+    >>> net, path = nn.Sequential(nn.Linear(4, 4)), os.path.join(tempfile.mkdtemp(), "a.safetensors")
+    >>> inject(net, LoRA(r=2)); save_adapter(net, path)
+    >>> new = combine([path, path], [0.5, 0.5], "cat")
+    >>> new["lightning_peft"]["methods"][0]["config"]["r"]
+    4
+    """
+    weights = _checked(paths, weights, how, r, density, path)
+    opened = [_open(p) for p in paths]
+    for where, _, info, _ in opened[1:]:
+        _same_base(opened[0], where, info)
+    generator = torch.Generator().manual_seed(seed)
+    found = [_corrections(state, info, method) for _, state, info, method in opened]
+    merged: dict[str, tuple[Factors, Tails]] = {}
+    for name in dict.fromkeys(n for corrections in found for n in corrections):
+        parts = [(w, c[name][0]) for w, c in zip(weights, found, strict=True) if name in c]
+        tails = next(c[name][1] for c in found if name in c)
+        merged[name] = _combined(how, parts, r, density, generator), tails
+    return _finish(opened, weights, merged, path)
+
+
+def _checked(paths, weights, how, r, density, path) -> list[float]:
+    if how not in ("linear", "cat", "svd", "ties", "dare"):
+        raise ConfigError(f"combine(how={how!r}): choose one of linear, cat, svd, ties, dare.")
+    if not paths:
+        raise ConfigError("combine: give at least one adapter file.")
+    equal = 1.0 if how == "ties" else 1 / len(paths)
+    weights = [equal] * len(paths) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(paths):
+        raise ConfigError(f"combine: {len(paths)} files and {len(weights)} weights; give one weight for each file.")
+    if not 0 < density <= 1:
+        raise ConfigError(f"combine(density={density!r}): density must be above 0 and at most 1.")
+    if path is not None and Path(path).suffix != ".safetensors":
+        raise ConfigError(f"combine(path={str(path)!r}): the file is safetensors; let its name end so.")
+    if r is not None and (how in ("linear", "cat") or r < 1):
+        raise ConfigError(f"combine(r={r!r}, how={how!r}): the rank can be set, from 1 on, for svd, ties and dare.")
+    return weights
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], LoRA]:
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    if isinstance(source, Mapping):
+        if SECTION not in source:
+            raise CheckpointError(f"combine: {where} holds no {SECTION!r} section, so it does not say what it is.")
+        state, info = dict(source["state_dict"]), source[SECTION]
+    else:
+        state, info = read(source)
+    verify_section(info, where)
+    if len(info["methods"]) != 1:
+        raise CheckpointError(f"{where} holds {len(info['methods'])} methods; combine takes files with one.")
+    method = method_from(info["methods"][0], where)
+    if not getattr(method, "additive", False):
+        reason = getattr(method, "why_not_additive", "it is no sum of a weight and a product of two factors.")
+        raise CheckpointError(f"{where} was trained with {type(method).__name__}, which cannot be combined: {reason}")
+    if getattr(method, "fused_parts", None):
+        raise CheckpointError(f"{where} has factors for parts of fused projections, which combine does not take.")
+    return where, {k: state[k] for k in info["keys"]}, dict(info), method
+
+
+def _same_base(first, where: str, info: Mapping[str, Any]) -> None:
+    theirs, ours = info["modules_to_save"], first[2]["modules_to_save"]
+    if set(theirs) != set(ours):
+        raise CheckpointError(f"{where} trains {theirs} in full, {first[0]} trains {ours}: they do not combine.")
+    reason = difference(first[2]["base"], info["base"])
+    if reason:
+        raise CheckpointError(f"{where} and {first[0]} were trained on different base models: {reason}.")
+
+
+def _corrections(state, info, method) -> dict[str, tuple[Factors, Tails]]:
+    """By the factors' name without the network's path: A and B, and what their last dimension was folded from."""
+    prefix, found = info["network"], {}
+    for key in state:
+        name, _, leaf = key.rpartition(".")
+        if leaf != "lora_A":
+            continue
+        plain = name.removeprefix(prefix)
+        own = {k.rpartition(".")[2]: t for k, t in state.items() if k.rpartition(".")[0] == name}
+        own = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in own.items()}
+        stacked = _stacked(own["lora_A"], own["lora_B"])
+        tails = tuple(own["lora_A"].shape[stacked + 1 :]), tuple(own["lora_B"].shape[stacked + 2 :])
+        scaling = method.scaling(_target(plain, info["methods"][0]["targets"]))
+        found[plain] = method.factors.saved(own, scaling, stacked), tails
+    return found
+
+
+def _target(name: str, targets: Sequence[str]) -> str:
+    """The adapted module that factors belong to, as patterns of ranks and scalings know it."""
+    plain = name.replace(".base.", ".")
+    return max((t for t in targets if plain.startswith(f"{t}.delta")), key=len)
+
+
+def _stacked(A: Tensor, B: Tensor) -> int:
+    """1 for the stacked factors of experts, (n, r, in) and (n, out, r); a convolution has (r, in, k), (out, r, 1)."""
+    return int(A.ndim == 3 and not (A.shape[0] == B.shape[1] and B.shape[2] == 1))
+
+
+def _finish(opened, weights: list[float], merged: dict[str, tuple[Factors, Tails]], path) -> dict[str, Any]:
+    _, _, info, method = opened[0]
+    prefix = info["network"]
+    targets = list(dict.fromkeys(t for _, _, i, _ in opened for t in i["methods"][0]["targets"]))
+    ranks: dict[str, int] = {}
+    for name, ((A, _), _) in merged.items():  # the matrices of one module share its rank
+        target = _target(name, targets)
+        ranks[target] = max(ranks.get(target, 0), A.shape[-2])
+    state: dict[str, Tensor] = {}
+    for name, ((A, B), (kernel, ones)) in merged.items():
+        more = ranks[_target(name, targets)] - A.shape[-2]
+        A, B = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
+        state[f"{prefix}{name}.lora_A"] = A.reshape(*A.shape[:-1], *kernel).contiguous()
+        state[f"{prefix}{name}.lora_B"] = B.reshape(*B.shape, *ones).contiguous()
+    state |= _means(opened, weights)
+    new = _method(method, targets, ranks)
+    entry = {"type": "LoRA", "config": new.config(), "targets": targets}
+    info = info | {"methods": [entry], "keys": list(state), "trainable": list(state), "save": "trainable"}
+    info.pop("resume", None)
+    if path is not None:
+        write_adapter(Path(path), state, info)
+    return {"state_dict": state, SECTION: info}
+
+
+def _method(old, targets: list[str], ranks: dict[str, int]) -> LoRA:
+    """LoRA with scaling 1 everywhere, whatever the ranks."""
+    r = max(ranks.values())
+    odd = {f"re:{re.escape(t)}": n for t, n in ranks.items() if n != r}
+    kept = {"bias": getattr(old, "bias", "none"), "modules_to_save": old.modules_to_save}
+    return LoRA(r=r, alpha=r, rank_pattern=odd, alpha_pattern=dict(odd), target_modules=targets, **kept)
+
+
+def _means(opened, weights: list[float]) -> dict[str, Tensor]:
+    """Everything trained in full, as a weighted mean."""
+    prefix, found = opened[0][2]["network"], {}
+    names = [[n.removeprefix(i["network"]) for n in s if ".delta." not in f".{n}"] for _, s, i, _ in opened]
+    if any(set(n) != set(names[0]) for n in names):
+        odd = sorted(set().union(*names) - set(names[0]).intersection(*names))
+        raise CheckpointError(f"combine: not all files hold {odd[0]!r}, which is trained in full, so it has no mean.")
+    total = sum(weights)
+    if names[0] and abs(total) < 1e-6:
+        raise ConfigError("combine: the weights sum to 0, which gives no mean of the heads and biases in the files.")
+    for name in names[0]:
+        values = [s[i["network"] + name] for _, s, i, _ in opened]
+        mean = sum(w * v.double() for w, v in zip(weights, values, strict=True)) / (total or 1)
+        found[prefix + name] = mean.to(values[0].dtype) if values[0].is_floating_point() else values[0]
+    return found
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------------------------
+def _combined(how: str, parts: list[tuple[float, Factors]], r, density: float, generator) -> Factors:
+    if how in ("cat", "linear", "svd"):
+        A = torch.cat([A for _, (A, _) in parts], -2)
+        B = torch.cat([w * B for w, (_, B) in parts], -1)
+        if how == "cat":
+            return A, B
+        largest = max(A.shape[-2] for _, (A, _) in parts)
+        return _compressed(A, B, None if how == "linear" else r or largest)
+    dense = [(w, B @ A) for w, (A, B) in parts]
+    merge: Callable = _ties if how == "ties" else _dare
+    matrix = merge(dense, density, generator)
+    limit = r or sum(A.shape[-2] for _, (A, _) in parts)
+    return _split(*torch.linalg.svd(matrix, full_matrices=False), limit)
+
+
+def _compressed(A: Tensor, B: Tensor, r: int | None) -> Factors:
+    """B·A in r directions, or in as few as hold all of it; the product itself, out × in, is never formed."""
+    left, right = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().mT)
+    U, S, V = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+    if r is None:
+        top = S.amax(-1, keepdim=True)
+        r = max(1, int((top * 1e-6 < S).sum(-1).max()))
+    lead, tail = _split(left.Q @ U, S, V @ right.Q.mT, r)
+    return lead.to(A.dtype), tail.to(B.dtype)
+
+
+def _split(U: Tensor, S: Tensor, V: Tensor, r: int) -> Factors:
+    """Singular directions as A and B of rank at most r, the singular values shared between them."""
+    root = S[..., :r].sqrt()
+    return root.unsqueeze(-1) * V[..., :r, :], U[..., :r] * root.unsqueeze(-2)
+
+
+def _ties(dense: list[tuple[float, Tensor]], density: float, _: Any) -> Tensor:
+    stacked = torch.stack([w * _largest(m, density) for w, m in dense])
+    agree = torch.sign(stacked) == torch.sign(stacked.sum(0))
+    agree &= stacked != 0
+    return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _largest(matrix: Tensor, density: float) -> Tensor:
+    count = max(1, int(matrix.numel() * density))
+    threshold = matrix.abs().flatten().kthvalue(matrix.numel() - count + 1).values
+    return matrix * (matrix.abs() >= threshold)
+
+
+def _dare(dense: list[tuple[float, Tensor]], density: float, generator: torch.Generator) -> Tensor:
+    kept = [w * m * (torch.rand(m.shape, generator=generator) < density) / density for w, m in dense]
+    return torch.stack(kept).sum(0)

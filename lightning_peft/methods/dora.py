@@ -1,0 +1,79 @@
+"""DoRA: the low-rank product changes a weight's direction, a vector its magnitude (Liu et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapted import Adapted
+from lightning_peft.lowrank import LowRank, Place
+from lightning_peft.methods.lora import LoRA
+
+
+class DoRAFactors(LowRank):
+    """`LowRank` with ``lora_magnitude`` (…, out): the norm each row of the corrected weight shall have."""
+
+    def build(self, place: Place, r: int) -> None:
+        """Make the tensors."""
+        super().build(place, r)
+        shape = (*place.experts, place.size_out)
+        self.lora_magnitude = nn.Parameter(self.lora_A.new_empty(shape))
+
+    def gain(self, matrix: Tensor) -> Tensor:
+        """``m / ‖W + s·B·A‖`` by row; the norm is a constant in the backward pass (section 4.3 of the paper)."""
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(super().combine(matrix), dim=-1)
+        return self.lora_magnitude / norm
+
+    def combine(self, matrix: Tensor) -> Tensor:
+        """The corrected matrix: ``m · V / ‖V‖`` with ``V = W + s·B·A``."""
+        return self.gain(matrix).unsqueeze(-1) * super().combine(matrix)
+
+    def join(self, layer: Adapted, y: Tensor, low: Tensor) -> Tensor:
+        """Scale base and branch; the bias stays as it is."""
+        gain = layer.channels(self.gain(self.matrix(layer.base.weight)))
+        bias = getattr(layer.base, "bias", None)
+        if bias is None:
+            return ((y + low) * gain).to(y.dtype)
+        bias = layer.channels(bias)
+        return ((y - bias + low) * gain + bias).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA whose rows are rescaled: ``y = m ⊙ (W + s·B·A)x / ‖W + s·B·A‖ + b``, the norm taken by output row.
+
+    m (out) starts at ``‖W‖``, so training starts from the base model; the norm is a constant in the backward pass and
+    the bias is not scaled. Trains ``r·(in + out) + out`` numbers per layer. Arguments are those of `LoRA`; dropout
+    acts on the input of the low-rank branch only.
+
+    >>> from torch import nn
+    >>> from lightning_peft import DoRA, inject, trainable_names
+    >>> net = nn.Sequential(nn.Linear(4, 8))
+    >>> inject(net, DoRA(r=2))
+    >>> trainable_names(net)
+    ['0.delta.lora_A', '0.delta.lora_B', '0.delta.lora_magnitude']
+    """
+
+    paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation, Liu et al. 2024, arXiv:2402.09353"
+    default_lr: ClassVar[float] = 2e-4
+    lr_range: ClassVar[tuple[float, float]] = (5e-5, 2e-3)
+    lr_source: ClassVar[str] = "the paper, arXiv:2402.09353, appendix A.1: 1e-4 to 2e-4; the range is LoRA's"
+    factors: ClassVar[type[LowRank]] = DoRAFactors
+    additive: ClassVar[bool] = False
+    why_not_additive: ClassVar[str] = (
+        "its magnitudes rescale the rows of the base, which the file does not hold, so corrections do not add up."
+        " Merge it into a model (merge_and_unload) and train the next adapter on top."
+    )
+
+    def fill(self, delta: LowRank, place: Place, name: str) -> None:
+        """Start values of the factors, then the norms they give."""
+        super().fill(delta, place, name)
+        if delta.lora_A.is_meta:
+            return
+        with torch.no_grad():
+            matrix = LowRank.combine(delta, delta.matrix(place.weight))
+            delta.lora_magnitude.copy_(torch.linalg.vector_norm(matrix, dim=-1))
