@@ -65,7 +65,7 @@ FLAT = [
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", FLAT)
 def test_reference(name, attention):
-    case = Golden(f"prefix_{name}", attention)
+    case = Golden(name, attention)
     model, n = case.model(), case.meta["hyperparameters"]["n"]
     inject(model, PrefixTuning(n, positions="shift" if "shift" in name else "keep"))
     (key, flat), modules = next(iter(case.part("adapter").items())), attentions(model)
