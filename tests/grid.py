@@ -205,9 +205,12 @@ def padded_alone(kind: Kind, model: nn.Module) -> None:
     torch.testing.assert_close(together[: len(expected)], expected, atol=2e-5, rtol=1e-4)
 
 
-def greedy(kind: Kind, model: nn.Module, steps: int = 5) -> None:
-    """generate(): cached, uncached, static cache and beams of one agree with a recompute of every step."""
-    batch = kind.batch()
+def greedy(kind: Kind, model: nn.Module, steps: int = 5, recompute: bool = True, batch: dict | None = None) -> None:
+    """generate(): greedy, sampling and beams are the same cached and uncached, and with a static cache.
+
+    With ``recompute`` each step also equals a plain call on everything generated so far.
+    """
+    batch = kind.batch() if batch is None else batch
     name = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
     if kind.inputs == "text":  # generation needs left padding
         batch = {k: v.flip(1) if k in ("input_ids", "attention_mask") else v for k, v in batch.items()}
@@ -219,7 +222,7 @@ def greedy(kind: Kind, model: nn.Module, steps: int = 5) -> None:
     with torch.no_grad():
         cached = model.generate(**batch, **options)
         start = cached.sequences.shape[1] - steps
-        for step in range(steps):
+        for step in range(steps if recompute else 0):
             row = dict(batch) | {name: cached.sequences[:, : start + step]}
             if name == "input_ids":
                 ones = row[name].new_ones(len(row[name]), step)
