@@ -34,7 +34,8 @@ class ShiftedPositions(Adapted):
         elif "past_key_values_length" in names:
             past = bound.get("past_key_values_length", 0)
             bound["past_key_values_length"] = past + self.n
-            self.check(bound[names[0]].shape[1] + past)
+            tokens = bound[names[0]]  # ids, a mask, or just their shape
+            self.check(getattr(tokens, "shape", tokens)[1] + past)
         else:
             bound[names[0]] = self.later(bound[names[0]])
         return self.base(**bound)

@@ -147,6 +147,8 @@ def heads_of(module: nn.Module, name: str) -> Heads:
     count = _number(module, "num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhead", "nh")
     width = _number(module, "head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "head_size")
     groups = _number(module, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_heads")
+    if count and (latent := _number(module, "qk_head_dim")) and (values := _number(module, "v_head_dim")):
+        return Heads(count, latent, values)  # keys and values from a latent state (DeepSeek)
     if "k" in parts and "v" in parts:
         keys, values = _outputs(parts["k"]), _outputs(parts["v"])
         if width is None and count:

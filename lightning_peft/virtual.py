@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -71,7 +73,11 @@ class VirtualTokens(Adapted):
         held = getattr(cache, HELD, 0)
         if not (held if past else self.wanted(states)):
             return None
-        mask = flat_mask(kwargs.get("attention_mask"), length + past - held)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and getattr(mask, "ndim", 0) != 2:
+            raise ConfigError(
+                f"Virtual tokens need an attention mask of the form (batch, tokens); this one is {_form(mask)}."
+            )
         kwargs.pop("cache_position", None)  # older transformers count the caller's tokens in it
         if past:
             self.lengthen_rest(kwargs, mask, past + length)
@@ -205,6 +211,25 @@ class Generate:
             self.tokens.text = None
 
 
+class Prepare:
+    """Stands before ``prepare_inputs_for_generation``, which for a static cache replaces the mask of real tokens by one
+    over the cache that knows no virtual tokens: the backbone builds its own from the former."""
+
+    def __init__(self, model: nn.Module, tokens: VirtualTokens) -> None:
+        self.model, self.tokens = model, tokens
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(functools.partial(type(self.model).prepare_inputs_for_generation, self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
+        key = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
+        if (self.tokens.active and getattr(inputs.get(key), "ndim", 2) != 2) or isinstance(inputs.get(key), dict):
+            inputs[key] = kwargs.get(key)
+        return inputs
+
+
 def connect(model: nn.Module, tokens: VirtualTokens, backbone: nn.Module) -> None:
     """Hook virtual tokens into the backbone and what is around it."""
     outer = outermost(model, backbone)
@@ -230,6 +255,8 @@ def connect(model: nn.Module, tokens: VirtualTokens, backbone: nn.Module) -> Non
     outer.register_forward_hook(tokens.leave, with_kwargs=True)
     if tokens.behind and tokens.causal and hasattr(outer, "generate"):
         outer.__dict__["generate"] = Generate(outer, tokens)
+    if decoder is None and hasattr(outer, "prepare_inputs_for_generation"):
+        outer.__dict__["prepare_inputs_for_generation"] = Prepare(outer, tokens)
 
 
 def disconnect(model: nn.Module, tokens: VirtualTokens) -> None:
@@ -242,20 +269,13 @@ def disconnect(model: nn.Module, tokens: VirtualTokens) -> None:
             for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is tokens]:
                 del hooks[key]
                 also.pop(key, None)
-        if isinstance(module.__dict__.get("generate"), Generate) and module.__dict__["generate"].tokens is tokens:
-            del module.__dict__["generate"]
+        for name in ("generate", "prepare_inputs_for_generation"):
+            if getattr(module.__dict__.get(name), "tokens", None) is tokens:
+                del module.__dict__[name]
 
 
-def flat_mask(mask: Any, length: int) -> Tensor | None:
-    """The mask of real tokens (batch, length), also from the masks that ``generate`` builds for a static cache."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
-    if mask is None or mask.dim() == 2:
-        return mask
-    if mask.dim() != 4:
-        raise ConfigError(f"Virtual tokens need an attention mask (batch, tokens); this one is {tuple(mask.shape)}.")
-    row = mask[:, 0, -1, :length]  # the last token sees every real one
-    return (row if row.dtype == torch.bool else row == 0).long()
+def _form(mask: Any) -> str:
+    return str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
 
 
 def make_room(cache: Any, n: int, backbone: nn.Module) -> None:
