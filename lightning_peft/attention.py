@@ -139,7 +139,8 @@ class CalledAttention(PrefixedAttention):
         """As the base."""
         if not self.active:
             return self.base(*args, **kwargs)
-        with _Calls(self) as calls:
+        calls = _Calls(self)
+        with calls:
             out = self.base(*args, **kwargs)
         if not calls.count:
             raise ConfigError(

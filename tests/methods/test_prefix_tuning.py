@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_peft import (
+    PEFT,
     ConfigError,
+    LoRA,
     NoMatchError,
     PrefixTuning,
+    PromptTuning,
     adapter_state_dict,
     disabled,
     inject,
@@ -27,6 +34,7 @@ from lightning_peft.methods.prefix_tuning import part_of
 from lightning_peft.prefix import PrefixedAttention, ProjectedPrefix
 from tests.golden_case import Golden
 from tests.grid import GENERATORS, GRID, greedy, padded_alone
+from tests.models import Foreign, loader, trainer
 
 
 def attentions(model: nn.Module, part: str = "") -> list[PrefixedAttention]:
@@ -324,3 +332,91 @@ def test_layers_without_the_first_still_know_the_bias():
     greedy(kind, second)
     assert attentions(second, "SelfAttention")[0].bias_owner
     assert not torch.equal(kind.output(both), kind.output(second))
+
+
+def test_training_resumes_with_the_projection(tmp_path):
+    """Two epochs, a resume and two more equal four epochs: the network is in the checkpoint, not its result."""
+    method = PrefixTuning(3, projection=True, hidden_size=8)
+    straight, first, second = Foreign(), Foreign(), Foreign()
+    trainer(tmp_path, PEFT(method), max_epochs=4).fit(straight, loader("bert"))
+    saver = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    trainer(tmp_path, PEFT(method), saver, max_epochs=2).fit(first, loader("bert"))
+    trainer(tmp_path, PEFT(method), max_epochs=4).fit(second, loader("bert"), ckpt_path=tmp_path / "c" / "epoch=1.ckpt")
+    ends = adapter_state_dict(straight), adapter_state_dict(second)
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert any("shared.embedding" in k for k in ends[0])
+
+
+def test_a_fresh_process_unpickles(tmp_path):
+    kind = GRID["gpt2"]
+    model = kind.make()
+    inject(model, PrefixTuning(3, init_std=1.0))
+    torch.save((model, kind.output(model)), tmp_path / "model.pt")
+    code = (
+        "import sys, torch\nfrom tests.grid import GRID\n"
+        "model, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert torch.equal(GRID['gpt2'].output(model), expected)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(3), PrefixTuning(3, projection=True, hidden_size=8), PromptTuning(3)])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart", "modernbert", "whisper", "vit", "llava"])
+def test_gradient_checkpointing(name, reentrant, method):
+    kind, grads = GRID[name], []
+    for on in (False, True):
+        model = kind.make()
+        inject(model, method)
+        model.train()
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant and kind.inputs in ("image", "whisper"):
+                model.enable_input_require_grads()  # transformers does this by itself for models that take ids
+        with disabled_randomness(model):
+            (kind.output(model, grad=True) ** 2).mean().backward()
+        tensors = dict(model.named_parameters())
+        grads.append({n: tensors[n].grad for n in trainable_names(model)})
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, atol=1e-6, rtol=1e-4)
+
+
+@contextmanager
+def disabled_randomness(model: nn.Module):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.mark.parametrize("name", ["hand_written", "torch_encoder", "gpt2", "t5", "vit"])
+def test_compile(name):
+    kind = GRID[name]
+    model = kind.make()
+    inject(model, PrefixTuning(3, init_std=1.0))
+    expected = kind.output(model, grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    out = kind.output(compiled, grad=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    out.sum().backward()
+    tensors = dict(model.named_parameters())
+    assert all(tensors[n].grad.any() for n in trainable_names(model))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("first", ["lora", "prefix"])
+def test_together_with_lora(first):
+    kind = GRID["llama"]
+    model = kind.make()
+    before, names = kind.output(model), list(model.state_dict())
+    methods = [LoRA(r=2, target_modules=["q_proj", "v_proj", "k_proj"]), PrefixTuning(3, init_std=1.0)]
+    inject(model, methods if first == "lora" else methods[::-1])
+    (kind.output(model, grad=True) ** 2).mean().backward()
+    tensors = dict(model.named_parameters())
+    assert all(tensors[n].grad.any() for n in trainable_names(model) if "lora_A" not in n)
+    with disabled(model):
+        assert torch.equal(kind.output(model), before)
+    unload(model)
+    assert list(model.state_dict()) == names and torch.equal(kind.output(model), before)
