@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_peft.adapted import Delta
 from lightning_peft.errors import ConfigError
 from lightning_peft.multihead import MultiheadPrefix
-from lightning_peft.prefix import PrefixedAttention, causal, widen
+from lightning_peft.prefix import PrefixedAttention, causal, squares, widen
 
 #: the name under which our function stands in transformers' registry
 REGISTERED = "lightning_peft_prefix"
@@ -119,14 +119,14 @@ def prefix_attention(
         kwargs["position_bias"] = owner.widen_bias(bias, n)
     if attention_mask is not None:
         attention_mask = widen(attention_mask, n, length)
-    elif implied and (bias is not None or queries != length):
+    elif implied and (bias is not None or not squares(queries, length, n)):
         attention_mask = causal(queries, length, n, query.device)[None, None]
     if name == "eager":
         output, weights = owner.eager(module, query, key, value, attention_mask, **kwargs)
         return output, None if weights is None else weights[..., n:]
     function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS["sdpa"]
     square = implied and attention_mask is None
-    if square:  # n idle queries keep the causal kernel, which takes no mask
+    if square:
         query = F.pad(query, (0, 0, n, 0))
     output, weights = function(module, query, key, value, attention_mask, **(kwargs | {"is_causal": square}))
     return output[:, n:] if square else output, weights
@@ -164,7 +164,7 @@ class CalledAttention(PrefixedAttention):
         key, value, n = self.put(key, value)
         if attn_mask is not None:
             attn_mask = widen(attn_mask, n, length)
-        elif is_causal and queries != length:
+        elif is_causal and not squares(queries, length, n):
             attn_mask, is_causal = causal(queries, length, n, query.device), False
         query = F.pad(query, (0, 0, n, 0)) if is_causal else query
         out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)

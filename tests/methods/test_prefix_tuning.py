@@ -190,15 +190,26 @@ def test_generation_is_a_recompute(name, positions):
 
 
 def test_full_attention_without_mask_is_causal():
-    """The prefix is visible to all, the future to none: changing later tokens leaves earlier logits."""
-    kind = GRID["llama"]
-    for attention in ("eager", "sdpa"):
-        model = kind.make(attention)
-        inject(model, PrefixTuning(3, init_std=1.0))
-        ids = kind.batch()["input_ids"]
-        changed = ids.clone()
-        changed[:, 5:] = (changed[:, 5:] + 7) % 50 + 3
-        torch.testing.assert_close(model(ids).logits[:, :5], model(changed).logits[:, :5], atol=1e-6, rtol=0)
+    """Short and long inputs take different ways (a mask, idle queries): both equal eager attention with its mask."""
+    torch.manual_seed(1)
+    for length in (9, 40):  # 40 > 16 · 2
+        outputs = []
+        for attention in ("eager", "sdpa"):
+            model = GRID["llama"].make(attention)
+            inject(model, PrefixTuning(2, init_std=1.0))
+            ids = torch.arange(length)[None] % 50 + 4
+            outputs.append(model(ids).logits)
+            outputs[-1].sum().backward()
+            outputs.append(attentions(model)[0].delta.prefix_key.grad)
+        torch.testing.assert_close(outputs[0], outputs[2], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(outputs[1], outputs[3], atol=2e-4, rtol=1e-3)
+    for length in (9, 40):
+        model = GRID["hand_written"].make()
+        inject(model, PrefixTuning(2, init_std=1.0))
+        ids = torch.arange(length)[None] % 50 + 4
+        changed = torch.cat([ids[:, :5], ids[:, 5:] + 3], 1)
+        torch.testing.assert_close(model(ids)[:, :5], model(changed)[:, :5], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(model(ids)[:, 5:], model(changed)[:, 5:])
 
 
 def test_sliding_window_never_hides_the_prefix():
