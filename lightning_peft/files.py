@@ -116,6 +116,8 @@ def _is_torch(path: Path) -> bool:
     """By content where it tells, by name where the file is too broken to tell."""
     with path.open("rb") as file:
         start = file.read(10)
+    if start[8:9] == b"{":  # safetensors: a length in eight bytes, whose first may be a pickle's, then JSON
+        return False
     return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or (len(start) < 10 and path.suffix != ".safetensors")
 
 

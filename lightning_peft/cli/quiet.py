@@ -44,12 +44,12 @@ def logs() -> None:
             handler.addFilter(_not_a_tip)
 
 
-def wandb() -> None:
+def silence_wandb() -> None:
     """Silence W&B's own lines for an offline run, the notice about an option that Lightning passes included."""
     if os.environ.get("WANDB_SILENT") == "true":
-        import wandb as library
+        import wandb
 
-        library.setup(settings=library.Settings(silent=True, show_warnings=False))
+        wandb.setup(settings=wandb.Settings(silent=True, show_warnings=False))
 
 
 def _not_a_tip(record: logging.LogRecord) -> bool:

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import Logger
 
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
 from lightning_peft.callbacks import PEFT
-from lightning_peft.cli import quiet
 from lightning_peft.cli.messages import explain
+from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
 from lightning_peft.errors import PEFTError
@@ -86,7 +86,7 @@ class PEFTCLI(LightningCLI):
         if path and path not in ("best", "last", "hpc", "registry"):
             read(path)
         if "WandbLogger" in str(self._get(self.config, "trainer").get("logger")):
-            quiet.wandb()
+            silence_wandb()
 
     def _parse_ckpt_path(self) -> None:
         """Leave the parsed config as it is: it is complete, and it is what the user asked for."""

@@ -14,5 +14,9 @@ from lightning_peft.methods.lora import LoRA as LoRA
 from lightning_peft.methods.lorafa import LoRAFA as LoRAFA
 from lightning_peft.methods.parallel_adapter import ParallelAdapter as ParallelAdapter
 from lightning_peft.methods.pfeiffer import Pfeiffer as Pfeiffer
+from lightning_peft.methods.prefix_tuning import PrefixTuning as PrefixTuning
+from lightning_peft.methods.prompt_tuning import PromptTuning as PromptTuning
+from lightning_peft.methods.ptuning import PTuning as PTuning
+from lightning_peft.methods.ptuning_v2 import PTuningV2 as PTuningV2
 from lightning_peft.methods.qlora import QLoRA as QLoRA
 from lightning_peft.methods.vera import VeRA as VeRA

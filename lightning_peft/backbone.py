@@ -1,0 +1,63 @@
+"""Where a transformers model has its input embedding, its backbone, its decoder, and its limits."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_peft.positions import TABLES
+
+
+def backbones(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The innermost transformers models that take token ids, each with its input embedding."""
+    known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    found = {}
+    for module in model.modules():
+        if isinstance(module, known) and "input_ids" in parameters_of(module):
+            table = embedding_of(module)
+            if table is not None:
+                found[module] = table
+    for module, table in found.items():
+        if not any(other is not module and other in found for other in module.modules()):
+            yield module, table
+
+
+def embedding_of(module: nn.Module) -> nn.Module | None:
+    """The table of a model's input embedding, if it has one."""
+    try:
+        table = module.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return table if isinstance(table, nn.Module) and hasattr(table, "num_embeddings") else None
+
+
+def outermost(model: nn.Module, inner: nn.Module) -> nn.Module:
+    """The outermost transformers model around another."""
+    known = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    return next(m for m in model.modules() if isinstance(m, known) and any(c is inner for c in m.modules()))
+
+
+def decoder_of(outer: nn.Module, encoder: nn.Module) -> nn.Module | None:
+    """The decoder that attends to this encoder, in an encoder-decoder model."""
+    if outer is encoder or not getattr(outer.config, "is_encoder_decoder", False):
+        return None
+    decoder = outer.get_decoder() if hasattr(outer, "get_decoder") else None
+    return None if decoder in (None, encoder, outer) else decoder
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def maximum(backbone: nn.Module) -> int | None:
+    """How many tokens a backbone has positions for; None if there is no limit."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
+            taken = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
+            return module.num_embeddings - taken
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

@@ -1,0 +1,191 @@
+"""Prompt tuning: learned vectors before or behind the text (Lester et al. 2021), or among image patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapted import Adapted
+from lightning_peft.backbone import backbones
+from lightning_peft.errors import ConfigError, NoMatchError
+from lightning_peft.match import select
+from lightning_peft.method import Method, check_number
+from lightning_peft.prefix import normal_
+from lightning_peft.prompt import Prompt
+from lightning_peft.virtual import SUPPORTED, VirtualTokens, connect, disconnect
+from lightning_peft.visual import VisualTokens, positions_of, vision_backbones
+from lightning_peft.visual import connect as connect_visual
+
+CHOICES = {"position": ("prepend", "append"), "init": ("vocab", "random", "text")}
+
+
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    """Train ``n`` input vectors; every weight stays frozen.
+
+    Batch, labels and call stay as they are. The sequence is longer only between the backbone's input embedding and
+    its last hidden state: positions count the virtual tokens, the cache holds them, and outputs, pooling and labels
+    refer to the caller's tokens. The virtual tokens stand directly at the first (last) real token, whatever the
+    padding. In an encoder-decoder they join the encoder, whose states the decoder attends to; in a vision
+    transformer they stand between class token and patches. Trains ``n·dim`` numbers.
+
+    Appended on a causal model they stand where the text ends and the answer begins: behind the prompt given to
+    ``generate``, before the first label that is not -100, else behind the last token, whose place in the output is
+    taken by the last virtual token (it predicts what follows).
+
+    Args:
+        num_virtual_tokens: number n of vectors.
+        position: ``prepend`` or ``append``.
+        init: start from random rows of the ``vocab``, from the rows of a ``text`` (repeated or cut to n), or at
+            ``random`` with the spread of the vocabulary. A vision model has no vocabulary and starts at random.
+        init_text: the text, split by the tokenizer in the model's folder, or token ids.
+        target_modules: which input embedding, where a model has several (``vision_model.embeddings`` of CLIP).
+        modules_to_save: further modules, trained and saved in full (heads).
+        init_seed: seed of the start values.
+
+    Raises:
+        NoMatchError: the model is of no supported kind.
+        ConfigError: a value that cannot work; text and prompt are longer than the model's maximum (at the call).
+
+    >>> import transformers
+    >>> from lightning_peft import PromptTuning, inject, trainable_names
+    >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=10)
+    >>> net = transformers.BertModel(transformers.BertConfig(**sizes))
+    >>> inject(net, PromptTuning(num_virtual_tokens=3))
+    >>> trainable_names(net)
+    ['embeddings.word_embeddings.delta.prompt']
+    """
+
+    paper: ClassVar[str] = (
+        "The Power of Scale for Parameter-Efficient Prompt Tuning, Lester et al. 2021, arXiv:2104.08691"
+    )
+    mergeable: ClassVar[bool] = False
+    why_not_mergeable: ClassVar[str] = "its vectors are inputs of the model, not a change of weights."
+    identity_at_init: ClassVar[bool] = False
+    default_lr: ClassVar[float] = 3e-2
+    lr_range: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
+    lr_source: ClassVar[str] = (
+        "peft's prompt-tuning example for causal language modelling: AdamW, 3e-2; the paper's 0.3 is for Adafactor"
+    )
+    free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"init", "init_text"}
+
+    num_virtual_tokens: int = 20
+    position: Literal["prepend", "append"] = "prepend"
+    init: Literal["vocab", "random", "text"] = "vocab"
+    init_text: str | list[int] | None = None
+    target_modules: str | list[str] | None = None
+    modules_to_save: str | list[str] | None = None
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("PromptTuning", "num_virtual_tokens", self.num_virtual_tokens, 1)
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise ConfigError(
+                    f"PromptTuning({field}={getattr(self, field)!r}): choose one of {', '.join(allowed)}."
+                )
+        if (self.init == "text") != bool(self.init_text):
+            raise ConfigError(
+                f"PromptTuning(init={self.init!r}, init_text={self.init_text!r}): init='text' needs a text or token"
+                " ids in init_text, and the others take none."
+            )
+
+    def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+        """The input embedding of the first text backbone, else of the first vision backbone."""
+        return input_embeddings(self, model, prefix, dict(vision_backbones(model)))
+
+    def wrap(self, module: nn.Module, name: str) -> Adapted:
+        """The embedding with its prompt; the start values are drawn here, those of a text in `connect`."""
+        n, generator = self.num_virtual_tokens, self.generator(name)
+        if not is_table(module):
+            positions = positions_of(module)
+            delta = Prompt(positions, n, positions.shape[-1])
+            normal_(delta.prompt, generator, 0.02)
+            return VisualTokens(module, delta, n)
+        delta = Prompt(module.weight, n, module.embedding_dim)
+        if self.init == "vocab":
+            ids = torch.randint(module.num_embeddings, (n,), generator=generator)
+            rows_of(delta.prompt, module, ids)
+        elif self.init == "random":
+            normal_(delta.prompt, generator, spread(module))
+        return VirtualTokens(module, delta, n, self.position)
+
+    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+        """Hook the embeddings to their backbones."""
+        homes = {id(table): backbone for backbone, table in (*backbones(model), *vision_backbones(model))}
+        for module in wrapped.values():
+            backbone = homes[id(module)]
+            if isinstance(module, VisualTokens):
+                connect_visual(module, backbone)
+                continue
+            connect(model, module, backbone)
+            if self.init == "text" and not module.weight.is_meta:
+                ids = torch.tensor(token_ids(self.init_text, backbone.config), dtype=torch.long)
+                rows_of(
+                    module.delta.prompt, module.base, ids.repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]
+                )
+
+    def detach(self, model: nn.Module, names: list[str]) -> None:
+        """Take the vectors and the hooks out again."""
+        for name in names:
+            disconnect(model, model.get_submodule(name))
+        super().detach(model, names)
+
+
+def input_embeddings(
+    method: Method, model: nn.Module, prefix: str, vision: Mapping[nn.Module, nn.Module]
+) -> dict[str, nn.Module]:
+    """The input embeddings a method's patterns choose, the first one without patterns."""
+    tables = [table for _, table in backbones(model)] + list(vision.values())
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    found = {names[id(table)]: table for table in tables}
+    if not found:
+        raise NoMatchError(
+            f"{type(method).__name__} found no input embedding in {type(model).__name__} that it can work with. It"
+            f" supports {SUPPORTED}. PTuning(target_modules=<name of an nn.Embedding>) with placeholder ids in the"
+            " batch, PrefixTuning and LoRA work on other models."
+        )
+    if method.target_modules is None:
+        return dict([next(iter(found.items()))])
+    options: dict[str, Any] = {"prefix": prefix, "method": type(method).__name__}
+    return select(found, method.target_modules, lambda m: True, lambda m: False, **options)
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module looks ids up."""
+    return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
+
+
+def rows_of(prompt: nn.Parameter, table: nn.Module, ids: Tensor) -> None:
+    """Start from the embeddings of tokens, scaled as the model scales them."""
+    if not prompt.is_meta:
+        with torch.no_grad():
+            prompt.copy_(table(ids.to(prompt.device)))
+
+
+def spread(table: nn.Module) -> float:
+    """Standard deviation of a table's numbers."""
+    return 0.0 if table.weight.is_meta else float(table.weight.detach().float().std())
+
+
+def token_ids(text: str | list[int] | None, config: Any) -> list[int]:
+    """Ids of a text, by the tokenizer beside the model; nothing is downloaded."""
+    if not isinstance(text, str):
+        return list(text or [])
+    from transformers import AutoTokenizer
+
+    source = getattr(config, "_name_or_path", "")
+    try:
+        ids = AutoTokenizer.from_pretrained(source, local_files_only=True)(text, add_special_tokens=False)["input_ids"]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"PromptTuning(init_text={text!r}): no tokenizer in {source or 'a model built without from_pretrained'!r}."
+            " Give token ids instead: init_text=[17, 4, …]."
+        ) from error
+    if not ids:
+        raise ConfigError(f"PromptTuning(init_text={text!r}): the text has no tokens.")
+    return ids

@@ -1,0 +1,68 @@
+"""Positions of a model's tokens, moved on by the length of a prefix."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.errors import ConfigError
+
+#: names that transformers gives to tables of learned positions
+TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
+
+
+class ShiftedPositions(Adapted):
+    """A rotary embedding or a table of positions that sees every position ``n`` further on. It trains nothing."""
+
+    def __init__(self, base: nn.Module, n: int) -> None:
+        super().__init__(base, Delta())
+        self.n = n
+        self.parameters_of_base = tuple(inspect.signature(type(base).forward).parameters)[1:]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base, for later positions."""
+        if not self.active:
+            return self.base(*args, **kwargs)
+        names = self.parameters_of_base
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        if bound.get("position_ids") is not None:
+            bound["position_ids"] = self.later(bound["position_ids"])
+        elif "past_key_values_length" in names:
+            past = bound.get("past_key_values_length", 0)
+            bound["past_key_values_length"] = past + self.n
+            tokens = bound[names[0]]  # ids, a mask, or just their shape
+            self.check(getattr(tokens, "shape", tokens)[1] + past)
+        else:
+            bound[names[0]] = self.later(bound[names[0]])
+        return self.base(**bound)
+
+    def later(self, positions: Tensor) -> Tensor:
+        """The positions, moved on."""
+        known = positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling()
+        self.check(int(positions.max()) + 1 if known else positions.shape[-1])  # looking costs a wait elsewhere
+        return positions + self.n
+
+    def check(self, length: Any) -> None:
+        """Raise where a table has no row for the last position."""
+        rows = getattr(self.base, "num_embeddings", None)
+        if rows is None or isinstance(length, Tensor):
+            return
+        most = rows - getattr(self.base, "offset", 0)
+        if length + self.n > most:
+            raise ConfigError(
+                f"{length} positions and {self.n} virtual tokens make {length + self.n}, the model has {most}. Shorten"
+                " the input, lower num_virtual_tokens, or use PrefixTuning(positions='keep'), which takes none."
+            )
+
+
+def shiftable(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
+    """Whether a module turns token positions into embeddings. Tables of image patches have no room to shift."""
+    if type(module).__name__.endswith("RotaryEmbedding"):
+        return "position_ids" in inspect.signature(type(module).forward).parameters
+    table = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES
+    siblings = parent.children() if parent is not None else ()
+    return table and any(isinstance(m, nn.Embedding) and m is not module and m.num_embeddings > 2 for m in siblings)

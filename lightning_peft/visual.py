@@ -1,0 +1,72 @@
+"""Virtual tokens among image patches: behind the class token, gone after the last hidden state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.backbone import parameters_of
+from lightning_peft.insertion import Insertion, trim
+
+
+class VisualTokens(Adapted):
+    """The embeddings of a vision transformer, with learned vectors between the class token and the patches.
+
+    As `virtual.VirtualTokens`, hooked to its backbone by bound methods.
+    """
+
+    def __init__(self, base: nn.Module, delta: Delta, n: int) -> None:
+        super().__init__(base, delta)
+        self.n = n
+        self.places: Insertion | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Embeddings (batch, 1 + n + patches, dim)."""
+        states = self.base(*args, **kwargs)
+        if not self.active:
+            return states
+        first = 1 if any(hasattr(self.base, name) for name in ("cls_token", "class_embedding")) else 0
+        self.places = Insertion(first, self.n, states.shape[1])
+        return self.places.insert(states, self.delta.vectors())
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Cut the backbone's output back."""
+        places, self.places = self.places, None
+        return output if places is None else trim(output, places)
+
+    def pool(self, module: nn.Module, args: tuple) -> tuple | None:
+        """A pooler inside the backbone sees the image's own tokens."""
+        return None if self.places is None or not args else (trim(args[0], self.places), *args[1:])
+
+
+def vision_backbones(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Vision transformers of transformers whose embeddings give one row of tokens: the model, and its embeddings."""
+    known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    for module in model.modules():
+        if not isinstance(module, known) or "pixel_values" not in parameters_of(module):
+            continue
+        embeddings = getattr(module, "embeddings", None)
+        if isinstance(embeddings, nn.Module) and positions_of(embeddings) is not None:
+            yield module, embeddings
+
+
+def positions_of(embeddings: nn.Module) -> Tensor | None:
+    """The positions of an image's tokens (…, tokens, width)."""
+    for name in ("position_embeddings", "position_embedding"):
+        value = getattr(embeddings, name, None)
+        value = getattr(value, "weight", value)
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def connect(tokens: VisualTokens, backbone: nn.Module) -> None:
+    """Hook visual tokens to their backbone."""
+    backbone.register_forward_hook(tokens.after, with_kwargs=True)
+    for name in ("pooler", "head"):
+        if isinstance(getattr(backbone, name, None), nn.Module):
+            getattr(backbone, name).register_forward_pre_hook(tokens.pool)
