@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import textwrap
 
 import lightning_peft.methods  # noqa: F401  (defines the classes)
 from lightning_peft.method import Method, registry
@@ -12,27 +14,27 @@ _SHARED = ("target_modules", "exclude_modules", "modules_to_save", "layers", "in
 
 
 def show() -> None:
-    """Print the table, as wide as the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("method", "learning rate", "merges", "parameters (defaults)", "paper"):
-        table.add_column(title, no_wrap=title in ("method", "learning rate"), overflow="fold")
+    """Print the table: a line of facts a method, its parameters with their defaults below."""
+    width = max(60, shutil.get_terminal_size().columns)
+    print(f"{'method':<18} {'learning rate':<18} merges  paper")
     for name, kind in registry().items():
         low, high = kind.lr_range
         rate = f"{_rate(kind.default_lr)} ({_rate(low)}…{_rate(high)})"
-        table.add_row(name, rate, "yes" if kind.mergeable else "no", _fields(kind), _citation(kind.paper))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"\nShared where they apply: {', '.join(_SHARED)}.")
-    console.print("Use: lightning-peft fit --config … --peft METHOD --peft.FIELD VALUE")
-    console.print("Details: lightning-peft fit --peft.help METHOD")
+        merges = "yes" if kind.mergeable else "no"
+        print(f"{name:<18} {rate:<18} {merges:<6}  {_citation(kind.paper, width - 46)}")
+        print(textwrap.fill(_fields(kind), width - 1, initial_indent="    ", subsequent_indent="    "))
+    print("\nWhere they apply, also: " + ", ".join(_SHARED) + ".")
+    print("Use:     lightning-peft fit --config … --peft METHOD --peft.FIELD VALUE")
+    print("Details: lightning-peft fit --peft.help METHOD")
 
 
 def _fields(kind: type[Method]) -> str:
+    """The method's own fields; what it shares with the method it extends is not repeated."""
+    parent = next((k for k in kind.__mro__[1:] if k.__name__ in registry()), None)
+    same = {(f.name, _default(f)) for f in dataclasses.fields(parent)} if parent else set()  # type: ignore[arg-type]
     own = [f for f in dataclasses.fields(kind) if f.name not in _SHARED]  # type: ignore[arg-type]
-    return ", ".join(f"{f.name}={_default(f)}" for f in own) or "none"
+    listed = [f"{f.name}={_default(f)}" for f in own if (f.name, _default(f)) not in same]
+    return ", ".join([f"as {parent.__name__}", *listed] if parent else listed) or "no parameters of its own"
 
 
 def _default(field: dataclasses.Field) -> str:
@@ -47,6 +49,7 @@ def _rate(value: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def _citation(paper: str) -> str:
-    """Authors, year and number; the titles are in the classes' documentation."""
-    return ", ".join(paper.split(", ")[-2:])
+def _citation(paper: str, width: int) -> str:
+    """Authors, year and number, or the number alone; the titles are in the classes' documentation."""
+    text = ", ".join(paper.split(", ")[-2:])
+    return text if len(text) <= width else text.rsplit(", ", 1)[-1]
