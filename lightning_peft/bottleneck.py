@@ -68,7 +68,7 @@ class Bottleneck(Delta):
         out = F.linear(NON_LINEARITIES[self.non_linearity](middle), self.up_weight, self.up_bias)
         if self.scale is not None:
             out = out * self.scale
-        elif self.scaling != 1.0:
+        elif self.scaling is not None and self.scaling != 1.0:
             out = out * self.scaling
         return F.dropout(out, self.dropout) if self.dropout and self.training else out
 

@@ -136,11 +136,11 @@ class AdapterMethod(Method):
     def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Wrap each target, and let the adapters that read a layer's input listen to it."""
         sites, modules = self._sites(model, ROLES), originals(model)
-        wrapped: dict[str, AdapterWrapper] = {}
+        wrapped: dict[str, nn.Module] = {}
         for name, module in targets.items():
             site = sites.get(name)
             wrapped[name] = self._at(site, modules, name) if site else self.wrap(module, name)
-        self.share({name: module.delta for name, module in wrapped.items()})
+        self.share({name: module.get_submodule("delta") for name, module in wrapped.items()})
         replace(model, wrapped)
         for name, wrapper in wrapped.items():
             if isinstance(wrapper, (OnSum, Beside)) and name in sites and sites[name].source != name:

@@ -235,9 +235,11 @@ def _method(entry: Mapping[str, Any], where: str) -> AdapterMethod:
     """The method of an entry as far as its tensors depend on it."""
     kind = registry()[entry["type"]]
     try:
-        return kind(**{k: v for k, v in entry["config"].items() if k not in kind.free_fields})
+        method = kind(**{k: v for k, v in entry["config"].items() if k not in kind.free_fields})
     except TypeError as error:
         raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {error}") from None
+    assert isinstance(method, AdapterMethod)
+    return method
 
 
 def _entry(method: Method) -> dict[str, Any]:

@@ -74,5 +74,6 @@ class ParallelAdapter(AdapterMethod):
         width = self.width(size_out)
         made = Bottleneck(like, size_in, width, size_out, self.non_linearity, scaling, self.dropout)
         if not made.down_weight.is_meta:
-            made.down_weight.data.copy_(kaiming(width, size_in, self.generator(name), made.down_weight.dtype))
+            shape, dtype = made.down_weight.shape, made.down_weight.dtype
+            made.down_weight.data.copy_(kaiming(shape, size_in, self.generator(name), dtype))
         return made
