@@ -21,8 +21,8 @@ def bits(weight: Tensor | None) -> int | None:
     home = kind.__module__.partition(".")[0]
     if home == "bitsandbytes":
         return 4 if kind.__name__ == "Params4bit" else 8
-    if home == "torchao":
-        return 4 if "4" in kind.__name__ else 8
+    if home == "torchao":  # IntxUnpackedToInt8Tensor names its bits in target_dtype, the others in the class
+        return 4 if "4" in str(getattr(weight, "target_dtype", kind.__name__.replace("To4d", ""))) else 8
     return None
 
 

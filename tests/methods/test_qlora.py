@@ -185,6 +185,26 @@ def test_float_base_is_refused():
         QLoRA(quantization="int8")
 
 
+def test_torchao():
+    """A base that torchao packed: adapted, trained, not merged."""
+    torchao = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(nn.Linear(128, 64)).to(torch.bfloat16)
+    wide = net[0].weight.detach().float()
+    torchao.quantize_(net, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4))
+    assert packed(net[0]) == 4 and (plain(net[0].weight).float() - wide).abs().max() < 0.02
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    before = net(x)
+    inject(net, QLoRA(r=2))
+    assert torch.equal(net(x), before) and net[0].delta.lora_A.dtype == torch.float32
+    net[0].delta.lora_B.data.normal_()
+    net(x).sum().backward()
+    assert net[0].delta.lora_A.grad.any()
+    with pytest.raises(MergeError, match="stored in 4 bits"):
+        merge(net)
+    unload(net)
+    assert torch.equal(net(x), before)
+
+
 def test_lightnings_precision(tmp_path):
     """Layers that BitsandbytesPrecision made are adapted, and a head that it quantised is an error.
 
