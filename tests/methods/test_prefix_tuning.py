@@ -326,6 +326,11 @@ def test_errors():
         GRID["bert"].output(model)
 
 
+def test_the_projection_has_its_own_rate():
+    assert PrefixTuning().default_lr == 5e-3 and PrefixTuning(projection=True).default_lr == 5e-4
+    assert copy.deepcopy(PrefixTuning(projection=True)) == PrefixTuning(projection=True) != PrefixTuning()
+
+
 def test_encoder_decoder_switches():
     for name in ("t5", "bart", "whisper"):
         for off in ("encoder", "decoder", "cross"):
