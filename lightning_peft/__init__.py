@@ -22,7 +22,7 @@ _HOME = {
     "lightning_peft.injection": ("inject", "unload"),
     "lightning_peft.switching": ("disabled",),
     "lightning_peft.trainable": ("trainable_names", "state_names"),
-    "lightning_peft.placement": ("drop_layers",),
+    "lightning_peft.bottleneck.placement": ("drop_layers",),
     "lightning_peft.methods.adapter_fusion": ("fusion_weights",),
     "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
     "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
@@ -45,6 +45,7 @@ _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
 if TYPE_CHECKING:
     from lightning_peft.adapted import Adapted, Delta
+    from lightning_peft.bottleneck.placement import drop_layers
     from lightning_peft.callbacks import (
         PEFT,
         AdapterDrop,
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
     from lightning_peft.methods import *  # noqa: F403
     from lightning_peft.methods.adapter_fusion import fusion_weights
     from lightning_peft.module import TaskModule
-    from lightning_peft.placement import drop_layers
     from lightning_peft.reload import load_from_checkpoint
     from lightning_peft.summary import describe, summarize
     from lightning_peft.switching import disabled

@@ -12,22 +12,22 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_peft.batches import check_labels
 from lightning_peft.callbacks.hooks import install
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import inject_from
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import SECTION
-from lightning_peft.hyperparameters import check, numbered, plain_options, tidy, unstorable
-from lightning_peft.loading import label_names as names_in
-from lightning_peft.loading import load, load_tokenizer
-from lightning_peft.losses import TokenLoss
-from lightning_peft.metrics import stages
-from lightning_peft.modes import checkpoint_activations, train_mode
-from lightning_peft.objectives import custom_loss, task_loss
-from lightning_peft.optimization import build_optimizer, linear_schedule
-from lightning_peft.predictions import predict
-from lightning_peft.tasks import find_task
+from lightning_peft.task.batches import check_labels
+from lightning_peft.task.hyperparameters import check, numbered, plain_options, tidy, unstorable
+from lightning_peft.task.kinds import find_task
+from lightning_peft.task.loading import label_names as names_in
+from lightning_peft.task.loading import load, load_tokenizer
+from lightning_peft.task.losses import TokenLoss
+from lightning_peft.task.metrics import stages
+from lightning_peft.task.modes import checkpoint_activations, train_mode
+from lightning_peft.task.objectives import custom_loss, task_loss
+from lightning_peft.task.optimization import build_optimizer, linear_schedule
+from lightning_peft.task.predictions import predict
 from lightning_peft.trainable import find
 
 #: share of all steps the default schedule warms up for: LoRA, arXiv:2106.09685, table 9

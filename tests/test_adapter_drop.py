@@ -18,7 +18,7 @@ from lightning_peft import (
     drop_layers,
     inject,
 )
-from lightning_peft.bottleneck import AdapterWrapper
+from lightning_peft.bottleneck.wrappers import AdapterWrapper
 from tests.adapters import inject_golden
 from tests.golden_case import Golden
 from tests.models import Foreign, bert, loader, trainer

@@ -23,9 +23,9 @@ from lightning_peft import (
     trainable_names,
     unload,
 )
-from lightning_peft.bottleneck import AdapterWrapper
-from lightning_peft.placement import originals
-from lightning_peft.sites import find_sites
+from lightning_peft.bottleneck.placement import originals
+from lightning_peft.bottleneck.sites import find_sites
+from lightning_peft.bottleneck.wrappers import AdapterWrapper
 from tests.adapters import TORCH, ZOO, build, inputs, outputs
 from tests.contract.battery import shake
 

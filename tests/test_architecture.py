@@ -20,15 +20,17 @@ LAYERS = [
     ["errors"],
     ["quantized"],
     ["adapted"],
-    ["match", "sites"],
+    ["match", "bottleneck.sites"],
     ["heads"],
     ["method"],
-    ["lowrank", "bottleneck", "trainable", "fingerprint", "files", "fields"],
-    ["torch_encoder"],
-    ["placement"],
-    ["prefix", "positions", "insertion"],
-    ["multihead", "prompt", "backbone"],
-    ["attention", "virtual", "visual"],
+    ["lowrank", "bottleneck.wrappers", "trainable", "fingerprint", "files", "fields"],
+    ["bottleneck.torch_encoder"],
+    ["bottleneck.placement"],
+    ["bottleneck"],
+    ["prompting.prefix", "prompting.positions", "prompting.insertion"],
+    ["prompting.multihead", "prompting.prompt", "prompting.backbone"],
+    ["prompting.attention", "prompting.virtual", "prompting.visual"],
+    ["prompting"],
     ["methods"],
     ["switching"],
     ["injection"],
@@ -51,10 +53,11 @@ LAYERS = [
     ["data.loaders", "data.labels", "data.splits", "data.sources", "data.prompts"],
     ["data.collate", "data.tokenise", "data.arrays", "data.base"],
     ["data"],
-    ["tasks"],
-    ["loading", "losses", "modes", "optimization"],
-    ["batches", "metrics", "hyperparameters"],
-    ["predictions", "objectives"],
+    ["task.kinds"],
+    ["task.loading", "task.losses", "task.modes", "task.optimization"],
+    ["task.batches", "task.metrics", "task.hyperparameters"],
+    ["task.predictions", "task.objectives"],
+    ["task"],
     ["module"],
     ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
     ["cli.run"],
@@ -62,7 +65,7 @@ LAYERS = [
     ["__main__"],
 ]
 HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload", "data", "hyperparameters", "module", "cli"}
+WITH_LIGHTNING = {"callbacks", "reload", "data", "task", "module", "cli"}
 
 
 def level(module: str) -> int:

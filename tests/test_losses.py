@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft import LoRA, inject
 from lightning_peft.errors import ConfigError
-from lightning_peft.losses import IGNORE, TokenLoss, class_loss, import_callable, number_loss
+from lightning_peft.task.losses import IGNORE, TokenLoss, class_loss, import_callable, number_loss
 
 VOCAB, SIZES = 61, {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
 

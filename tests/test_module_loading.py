@@ -18,8 +18,8 @@ from torch import nn
 
 from lightning_peft import PEFT, LoRA, TaskModule, trainable_names
 from lightning_peft.errors import ConfigError
-from lightning_peft.loading import load
-from lightning_peft.tasks import find_task
+from lightning_peft.task.kinds import find_task
+from lightning_peft.task.loading import load
 from tests.models import trainer
 from tests.task_cases import BERT, CASES, LLAMA, NAMES, Data, tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_peft.bottleneck.placement import adapter_layers, drop_layers
 from lightning_peft.errors import ConfigError, TrainingError
-from lightning_peft.placement import adapter_layers, drop_layers
 
 
 class AdapterDrop(L.Callback):

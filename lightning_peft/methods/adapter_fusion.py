@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Delta, factor_dtype
+from lightning_peft.bottleneck.placement import AdapterMethod, originals
 from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PEFTError
 from lightning_peft.files import read
 from lightning_peft.fingerprint import difference, fingerprint
 from lightning_peft.method import Method, registry
-from lightning_peft.placement import AdapterMethod, originals
 
 
 class Fusion(Delta):

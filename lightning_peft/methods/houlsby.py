@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.bottleneck import Bottleneck, NonLinearity
-from lightning_peft.placement import AdapterMethod
+from lightning_peft.bottleneck.placement import AdapterMethod
+from lightning_peft.bottleneck.wrappers import Bottleneck, NonLinearity
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Houlsby(AdapterMethod):
         reduction_factor: how many times narrower than the layer the adapter is.
         non_linearity: function between the projections.
         dropout: probability of dropping a feature of the correction.
-        target_modules: None for the published places (see `lightning_peft.sites` for the models known), ``attention``
+        target_modules: None for the published places (`lightning_peft.bottleneck.sites` knows the models), ``attention``
             or ``mlp`` for one of the two, or patterns: an adapter behind each module they match, on any network. Behind
             convolutions it acts on the channels at each position.
         exclude_modules: patterns to leave alone.

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_peft.bottleneck import Bottleneck, NonLinearity
+from lightning_peft.bottleneck.placement import AdapterMethod
+from lightning_peft.bottleneck.wrappers import Bottleneck, NonLinearity
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank import kaiming
-from lightning_peft.placement import AdapterMethod
 
 
 @dataclass(frozen=True)

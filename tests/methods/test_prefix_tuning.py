@@ -29,9 +29,9 @@ from lightning_peft import (
     trainable_names,
     unload,
 )
-from lightning_peft.attention import PrefixedConfig
 from lightning_peft.methods.prefix_tuning import part_of
-from lightning_peft.prefix import PrefixedAttention, ProjectedPrefix
+from lightning_peft.prompting.attention import PrefixedConfig
+from lightning_peft.prompting.prefix import PrefixedAttention, ProjectedPrefix
 from tests.golden_case import Golden
 from tests.grid import GENERATORS, GRID, greedy, padded_alone
 from tests.models import Foreign, loader, trainer

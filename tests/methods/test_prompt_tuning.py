@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 from lightning_peft import Adapted, ConfigError, NoMatchError, PromptTuning, disabled, inject, unload
-from lightning_peft.virtual import VirtualTokens
-from lightning_peft.visual import VisualTokens
+from lightning_peft.prompting.virtual import VirtualTokens
+from lightning_peft.prompting.visual import VisualTokens
 from tests.golden_case import Golden
 from tests.grid import GRID, Kind, greedy, padded_alone
 

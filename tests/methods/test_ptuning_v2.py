@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_peft import ConfigError, PTuningV2, inject, trainable_names
-from lightning_peft.prefix import PrefixedAttention
+from lightning_peft.prompting.prefix import PrefixedAttention
 from tests.golden_case import Golden
 from tests.grid import GRID, padded_alone
 

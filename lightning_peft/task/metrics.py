@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_peft.losses import IGNORE
-from lightning_peft.tasks import Task
+from lightning_peft.task.kinds import Task
+from lightning_peft.task.losses import IGNORE
 
 
 class Perplexity(MeanMetric):
@@ -34,7 +34,7 @@ class Pearson(PearsonCorrCoef):
 def build_metrics(task: Task, num_labels: int | None, stage: str) -> MetricCollection:
     """Metrics named ``{stage}_{name}``: accuracy and macro F1 for classes, MAE and Pearson's r, or perplexity.
 
-    >>> from lightning_peft.tasks import find_task
+    >>> from lightning_peft.task.kinds import find_task
     >>> sorted(build_metrics(find_task("regression"), 1, "val").keys())
     ['val_mae', 'val_pearson']
     """

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import locate
 from lightning_peft.heads import NEW, head_names, new_modules
-from lightning_peft.tasks import Task
+from lightning_peft.task.kinds import Task
 
 _SEED = 0  # random models are the same in every process, so that an adapter finds the base it was trained beside
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.losses import IGNORE
+from lightning_peft.task.losses import IGNORE
 
 
 def is_note(key: str, value: Any) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.batches import call, inputs_of, notes_of
 from lightning_peft.errors import ConfigError
-from lightning_peft.losses import IGNORE
-from lightning_peft.tasks import Task
+from lightning_peft.task.batches import call, inputs_of, notes_of
+from lightning_peft.task.kinds import Task
+from lightning_peft.task.losses import IGNORE
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_peft.positions import TABLES
+from lightning_peft.prompting.positions import TABLES
 
 
 def backbones(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

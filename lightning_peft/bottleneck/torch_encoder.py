@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.bottleneck import AdapterWrapper
+from lightning_peft.bottleneck.wrappers import AdapterWrapper
 
 
 class NestedTensors:

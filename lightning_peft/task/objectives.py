@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.batches import call, inputs_of, labels_of, rows_in
 from lightning_peft.errors import ConfigError
-from lightning_peft.losses import IGNORE, TokenLoss, class_loss, import_callable, number_loss
-from lightning_peft.tasks import Task
+from lightning_peft.task.batches import call, inputs_of, labels_of, rows_in
+from lightning_peft.task.kinds import Task
+from lightning_peft.task.losses import IGNORE, TokenLoss, class_loss, import_callable, number_loss
 
 
 def task_loss(task: Task, network: nn.Module, batch: Any, tokens: TokenLoss) -> tuple[Tensor, int, tuple[Any, Any]]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.bottleneck import (
+from lightning_peft.bottleneck.sites import ROLES, Site, find_sites, unknown
+from lightning_peft.bottleneck.torch_encoder import keep_open, release
+from lightning_peft.bottleneck.wrappers import (
     NON_LINEARITIES,
     AdapterWrapper,
     AfterOutput,
@@ -24,8 +26,6 @@ from lightning_peft.errors import ConfigError, NoMatchError, PEFTError
 from lightning_peft.heads import head_names
 from lightning_peft.match import as_patterns, candidates, excluded, is_metric, layer_index, matcher, select
 from lightning_peft.method import Method, check_number, replace
-from lightning_peft.sites import ROLES, Site, find_sites, unknown
-from lightning_peft.torch_encoder import keep_open, release
 
 
 class AdapterMethod(Method):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.prefix import PrefixedAttention
+from lightning_peft.prompting.prefix import PrefixedAttention
 
 
 class MultiheadPrefix(PrefixedAttention):

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.optimization import check_warmup
-from lightning_peft.tasks import Task
+from lightning_peft.task.kinds import Task
+from lightning_peft.task.optimization import check_warmup
 
 
 def unstorable(arguments: Mapping[str, Any]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.backbone import parameters_of
-from lightning_peft.insertion import Insertion, trim
+from lightning_peft.prompting.backbone import parameters_of
+from lightning_peft.prompting.insertion import Insertion, trim
 
 
 class VisualTokens(Adapted):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Delta, factor_dtype
-from lightning_peft.prefix import linear_, normal_
+from lightning_peft.prompting.prefix import linear_, normal_
 
 
 class Prompt(Delta):

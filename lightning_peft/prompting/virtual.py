@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.backbone import decoder_of, maximum, outermost, parameters_of
 from lightning_peft.errors import ConfigError
-from lightning_peft.insertion import Insertion, behind_real, first_real, trim
+from lightning_peft.prompting.backbone import decoder_of, maximum, outermost, parameters_of
+from lightning_peft.prompting.insertion import Insertion, behind_real, first_real, trim
 
 #: set on a cache: how many of the tokens it holds are virtual
 HELD = "_lightning_peft_virtual"

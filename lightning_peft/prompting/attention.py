@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_peft.adapted import Delta
 from lightning_peft.errors import ConfigError
-from lightning_peft.multihead import MultiheadPrefix
-from lightning_peft.prefix import PrefixedAttention, causal, squares, widen
+from lightning_peft.prompting.multihead import MultiheadPrefix
+from lightning_peft.prompting.prefix import PrefixedAttention, causal, squares, widen
 
 #: the name under which our function stands in transformers' registry
 REGISTERED = "lightning_peft_prefix"

@@ -1,0 +1,1 @@
+"""Bottleneck adapters: where they stand in each architecture, and what stands there."""

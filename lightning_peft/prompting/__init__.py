@@ -1,0 +1,1 @@
+"""Learned keys and values inside attention, and learned tokens inside the sequence."""

@@ -1,0 +1,1 @@
+"""What `TaskModule` is made of: tasks, losses, metrics, loading, optimization, predictions."""
