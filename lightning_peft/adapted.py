@@ -130,3 +130,9 @@ class Adapted(nn.Module):
 def factor_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of adapter tensors beside ``weight``: float64 stays, everything else gives float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``: a linear layer from ``nx`` to ``nf`` features, weight (nx, nf)."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and hasattr(module, "nx") and hasattr(module, "nf")

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import Adapted, is_conv1d
 from lightning_peft.errors import ConfigError
 from lightning_peft.heads import head_names
 from lightning_peft.match import candidates, select
@@ -72,7 +72,7 @@ class Method(ABC):
 
     def is_linear(self, module: nn.Module) -> bool:
         """Whether the word ``all-linear`` means this module."""
-        return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        return isinstance(module, nn.Linear) or is_conv1d(module)
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The modules to wrap, by full name. Default: ``target_modules`` minus ``exclude_modules``, in ``layers``."""

@@ -89,7 +89,7 @@ class LowRank(Delta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B with everything in them, so that the correction is B·A."""
         A, B = self.lora_A, self.lora_B * self.scaling
-        if self.start_A is not None:
+        if self.start_A is not None and self.start_B is not None:
             A = torch.cat([A, self.start_A], self.stacked)
             B = torch.cat([B, self.start_B * -self.scaling], self.stacked + 1)
         return A, B if self.parts is None else self.spread(B)
@@ -105,13 +105,14 @@ class LowRank(Delta):
 
     def spread(self, B: Tensor) -> Tensor:
         """Put the blocks of the parts at their rows and at their columns of the stacked A."""
-        blocks = dict(zip(self.parts, B.chunk(len(self.parts)), strict=True))
-        out, r = blocks[self.parts[0]].shape
-        columns = len(self.parts) * r
+        parts = self.parts or (0, 1, 2)
+        blocks = dict(zip(parts, B.chunk(len(parts)), strict=True))
+        out, r = blocks[parts[0]].shape
+        columns = len(parts) * r
         rows = []
         for third in range(3):
             if third in blocks:
-                before = self.parts.index(third) * r
+                before = parts.index(third) * r
                 rows.append(F.pad(blocks[third], (before, columns - before - r)))
             else:
                 rows.append(B.new_zeros(out, columns))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import Adapted, is_conv1d
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank.factors import LowRank, Place
 from lightning_peft.lowrank.layers import LowRankConv, LowRankConv1D, LowRankEmbedding, LowRankLinear
@@ -26,7 +26,7 @@ def adapts(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ``all-linear`` means this module: attention with packed projections counts."""
-    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D"
+    return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
 
 
 def stacked(module: nn.Module) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def places(module: nn.Module, name: str) -> list[Place]:
     if isinstance(module, nn.Linear) or hasattr(module, "in_features"):
         fused = fused and module.out_features % 3 == 0
         return [Place(module.weight, module.in_features, module.out_features, fused=fused)]
-    if type(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         return [Place(module.weight, module.nx, module.nf, transposed=True, fused=fused and module.nf % 3 == 0)]
     return _experts(module)
 
@@ -145,4 +145,4 @@ def _kind(module: nn.Module) -> type[Adapted]:
         return LowRankProjection
     if isinstance(module, nn.Linear) or hasattr(module, "in_features"):
         return LowRankLinear
-    return LowRankConv1D if type(module).__name__ == "Conv1D" else LowRankStack
+    return LowRankConv1D if is_conv1d(module) else LowRankStack

@@ -25,7 +25,7 @@ class Houlsby(AdapterMethod):
         reduction_factor: how many times narrower than the layer the adapter is.
         non_linearity: function between the projections.
         dropout: probability of dropping a feature of the correction.
-        target_modules: None for the published places (`lightning_peft.bottleneck.sites` knows the models), ``attention``
+        target_modules: None for the published places (`lightning_peft.bottleneck.sites` has the models), ``attention``
             or ``mlp`` for one of the two, or patterns: an adapter behind each module they match, on any network. Behind
             convolutions it acts on the channels at each position.
         exclude_modules: patterns to leave alone.

@@ -90,6 +90,9 @@ class LoRA(Method):
         name = type(self).__name__
         check_number(name, "r", self.r, 1)
         check_number(name, "dropout", self.dropout, 0.0, high=1.0)
+        check_number(name, "alpha", self.alpha, 0.0)
+        if self.alpha == 0 or self.dropout == 1:
+            raise ConfigError(f"{name}(alpha={self.alpha!r}, dropout={self.dropout!r}): the adapter would add nothing.")
         check_number(name, "lr_ratio", self.lr_ratio, 1.0)
         for pattern, rank in self.rank_pattern.items():
             check_number(name, f"rank_pattern[{pattern!r}]", rank, 1)
@@ -111,6 +114,12 @@ class LoRA(Method):
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The modules to wrap; an attention module of torch brings its output projection along."""
         chosen = lowrank.with_output(super().targets(model, prefix), self.exclude_modules, prefix)
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            if not any(matcher(pattern)(n) for n in chosen):
+                raise ConfigError(
+                    f"rank_pattern or alpha_pattern: {pattern!r} matches none of the {len(chosen)} targets"
+                    f" ({', '.join(list(chosen)[:3])}, …), so it would do nothing."
+                )
         if self.fused_parts and not any(p.fused for n, m in chosen.items() for p in lowrank.places(m, n)):
             raise ConfigError(
                 f"fused_parts={self.fused_parts!r}: none of the {len(chosen)} targets is a fused query-key-value"
