@@ -23,7 +23,7 @@ def show() -> None:
         merges = "yes" if kind.mergeable else "no"
         print(f"{name:<18} {rate:<18} {merges:<6}  {_citation(kind.paper, width - 46)}")
         print(textwrap.fill(_fields(kind), width - 1, initial_indent="    ", subsequent_indent="    "))
-    print("\nWhere they apply, also: " + ", ".join(_SHARED) + ".")
+    print("\n" + textwrap.fill("Where they apply, also: " + ", ".join(_SHARED) + ".", width - 1))
     print("Use:     lightning-peft fit --config … --peft METHOD --peft.FIELD VALUE")
     print("Details: lightning-peft fit --peft.help METHOD")
 
