@@ -88,7 +88,7 @@ def test_backward_keeps_only_the_small_product():
 
 
 def test_near_the_frozen_floor():
-    """In a Llama of eight layers (the script prints the bytes): a few hundredths above the frozen model, LoRA a third."""
+    """In a Llama of eight layers (the script prints the bytes): hundredths above the frozen model, LoRA a third."""
     found = measure()
     assert found["LoRAFA"] < 1.05 * found["floor"] < 1.25 * found["floor"] < found["LoRA"]
 
