@@ -27,7 +27,7 @@ _HOME = {
     "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
     "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
     "lightning_peft.summary": ("summarize", "describe"),
-    "lightning_peft.combine": ("combine",),
+    "lightning_peft.combining": ("combine",),
     "lightning_peft.export": ("save_merged",),
     "lightning_peft.callbacks": (
         "PEFT",
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         TrainabilityCheck,
     )
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
-    from lightning_peft.combine import combine
+    from lightning_peft.combining import combine
     from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
     from lightning_peft.errors import (
         CheckpointError,

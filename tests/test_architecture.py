@@ -37,7 +37,7 @@ LAYERS = [
     ["verify"],
     ["checkpoint"],
     ["merging"],
-    ["summary", "combine"],
+    ["summary", "combining"],
     ["export"],
     ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
     ["callbacks.peft"],

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lightning_peft import (
@@ -230,6 +231,31 @@ def test_fused_parts_need_a_fused_projection():
         LoRA(fused_parts=["x"])
     with pytest.raises(ConfigError, match="cannot go with fused_parts"):
         inject(nn.ModuleDict({"qkv": nn.Linear(4, 12)}), LoRA(r=2, fused_parts=["q"], init="pissa"))
+
+
+# ---- mixtures of experts -------------------------------------------------------------------------------------------
+EXPERTS = {"mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4}, "gpt_oss": {"num_local_experts": 4}}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_real_mixtures(kind):
+    """transformers' stacked experts, in both layouts: every factor trains, merged equals forward."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8, "vocab_size": 61}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = transformers.AutoConfig.for_model(kind, **sizes, **heads, pad_token_id=0, **EXPERTS[kind])
+    torch.manual_seed(0)
+    model, ids = transformers.AutoModelForCausalLM.from_config(config), torch.randint(1, 61, (2, 20))
+    inject(model, LoRA(r=2, target_modules="experts"))
+    experts = model.model.layers[0].mlp.experts
+    up = experts.delta.gate_up_proj
+    assert up.lora_A.shape == (4, 2, 32) and up.lora_B.shape[2] == 2  # A takes the hidden size, whatever the layout
+    up.lora_B.data.normal_(), experts.delta.down_proj.lora_B.data.normal_()
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().amax((1, 2)).all() for p in experts.delta.parameters())  # every expert was asked
+    model.eval()
+    live = model(ids).logits
+    merge(model)
+    torch.testing.assert_close(model(ids).logits, live, atol=2e-5, rtol=1e-3)
 
 
 # ---- modules and tensors that are shared ---------------------------------------------------------------------------

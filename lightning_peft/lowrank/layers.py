@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +15,8 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 class LowRankLinear(Adapted):
     """`nn.Linear` with a low-rank correction: ``y = Wx + b + s·B(A x)``."""
 
+    base: Any
+    delta: Any
     #: whether some code reads ``weight`` instead of calling this module (see `read_by_parents`)
     read = False
 

@@ -24,6 +24,9 @@ class DeltaSet(Delta):
 class LowRankWeights(Adapted):
     """Runs the base with corrected parameters in place of its own, for the length of the call."""
 
+    base: Any
+    delta: Any
+
     def corrected(self) -> dict[str, Tensor]:
         """The parameters the base should see, in their own dtype."""
         parameters = self.base._parameters

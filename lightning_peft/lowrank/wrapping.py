@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.adapted import Adapted, is_conv1d
@@ -29,7 +30,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
 
 
-def stacked(module: nn.Module) -> dict[str, Tensor]:
+def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
     """The 3-D expert weights of a module that is no layer of torch's."""
     if type(module).__module__.startswith("torch."):
         return {}
@@ -97,7 +98,7 @@ def frozen_names(model: nn.Module, kind: type[LowRank]) -> list[str]:
     return names
 
 
-def places(module: nn.Module, name: str) -> list[Place]:
+def places(module: Any, name: str) -> list[Place]:
     """The matrices of a module; sizes come from its attributes (a sharded or packed weight has another shape)."""
     if isinstance(module, nn.Embedding):
         return [Place(module.weight, module.num_embeddings, module.embedding_dim, transposed=True, table=True)]

@@ -27,6 +27,9 @@ class IA3Scale(Delta):
 class IA3Output(Adapted):
     """A linear layer whose output is rescaled: ``y = l ⊙ (Wx + b)``."""
 
+    base: Any
+    delta: Any
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out)."""
         y = self.base(x)
@@ -45,6 +48,8 @@ class IA3Output(Adapted):
 class IA3Input(Adapted):
     """A linear layer whose input is rescaled: ``y = W(l ⊙ x) + b``."""
 
+    base: Any
+    delta: Any
     #: whether `nn.TransformerEncoderLayer`'s fast path reads ``weight`` instead of calling this module
     read = False
 
@@ -67,6 +72,9 @@ class IA3Input(Adapted):
 
 class IA3Attention(Adapted):
     """The packed input projections of `nn.MultiheadAttention`, whose parameters are read, not called."""
+
+    base: Any
+    delta: Any
 
     def merged(self) -> dict[str, Tensor]:
         """Weight and bias, rescaled by output."""

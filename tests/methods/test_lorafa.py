@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_peft import PEFT, ConfigError, LoRA, LoRAFA, inject, state_names, trainable_names
+from tests.benchmarks.lorafa_memory import measure
 from tests.golden_case import Golden, adapter_parameters
 from tests.models import Plain, plain_loader, trainer
 
@@ -84,6 +85,12 @@ def test_backward_keeps_only_the_small_product():
         count[type(method)] = sum(t.numel() for t in kept(net, x).values() if t.shape[0] == 128)
     assert count[LoRAFA] == 4 * 128 * 4
     assert count[LoRA] == 4 * 128 * (256 + 4)
+
+
+def test_near_the_frozen_floor():
+    """In a Llama of eight layers (the script prints the bytes): hundredths above the frozen model, LoRA a third."""
+    found = measure()
+    assert found["LoRAFA"] < 1.05 * found["floor"] < 1.25 * found["floor"] < found["LoRA"]
 
 
 def test_trainer_projects(tmp_path):

@@ -104,7 +104,7 @@ def _checked(paths, weights, how, r, density, path) -> list[float]:
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
-def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], LoRA]:
+def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], Any]:
     where = "the state dict" if isinstance(source, Mapping) else str(source)
     if isinstance(source, Mapping):
         if SECTION not in source:
