@@ -79,7 +79,7 @@ class PEFT(L.Callback):
             # Lightning would do so a moment later: methods then see the layers that train
             trainer.precision_plugin.convert_module(pl_module)
         if deferred:
-            pl_module.__dict__["_peft_pending"] = (self, str(stage), pl_module.__dict__.get("configure_model"))
+            pl_module.__dict__["_peft_pending"] = (self, stage, pl_module.__dict__.get("configure_model"))
             pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
         else:
             self.ensure(pl_module, stage)

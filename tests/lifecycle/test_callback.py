@@ -158,6 +158,8 @@ def test_configure_model_is_injected_at_its_end(tmp_path):
     again = load_from_checkpoint(Late, saver.best_model_path)
     assert trainer(tmp_path).validate(again, plain_loader(), verbose=False)[0]["val_loss"] == pytest.approx(loss)
     pickle.loads(pickle.dumps(again))
+    merge(module)
+    trainer(tmp_path, PEFT(LoRA()), max_epochs=1).fit(module, plain_loader())  # from unmerged weights
 
 
 def test_validate_and_predict_before_fit(tmp_path):
