@@ -12,7 +12,7 @@ virtual tokens                            ``wrap(embedding)`` in place of placeh
                                           and ``detach`` where the backbone is the root and has no parent
 weights that follow the product           ``after_step`` takes the snapshot, ``state_names`` saves it
 state shared by modules                   ``connect`` registers one ``Delta`` in all: ``named_parameters`` names it once
-loss terms                                ``regularizer``, added by the callback before backward
+loss terms                                ``regularizer``: the callback adds its gradient to those of the loss
 gradient transforms                       ``transform_grads``, called on unscaled gradients before clipping
 optimizer groups                          ``param_groups``
 siblings that read one input              ``connect`` sees all wrapped modules and may link those with one parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ _SPLIT_FIELDS = {"train": "train_split", "validation": "val_split", "test": "tes
 ROW = "_row"
 
 
-class SplitDataModule(L.LightningDataModule):
+class SplitDataModule(L.LightningDataModule, ABC):
     """Base of the data modules; a subclass reads a source, prepares a split and names a collator.
 
     After ``setup``, ``label_names`` lists the classes in the order of their numbers (None where there are none). It
@@ -66,21 +67,21 @@ class SplitDataModule(L.LightningDataModule):
 
     # what subclasses define
 
+    @abstractmethod
     def read(self, data: Any) -> dict[str, Dataset]:
         """Raw rows by split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def contents(self, rows: Dataset) -> list[Hashable]:
         """What makes two rows exact duplicates of each other."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, rows: Dataset, split: str) -> Dataset:
         """Rows ready for the collator, with a column ``length``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collator(self, split: str) -> Any:
         """What makes a batch of rows of a split."""
-        raise NotImplementedError
 
     @property
     def classifies(self) -> bool:
