@@ -6,6 +6,8 @@ import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         if hasattr(merged, "save_pretrained"):
-            merged.save_pretrained(temporary)
+            with _no_bar():
+                merged.save_pretrained(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         else:
@@ -57,6 +60,20 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers draws a bar for shards, which breaks that of a Trainer."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bar:
+            logging.enable_progress_bar()
 
 
 def plain_copy(root: nn.Module) -> nn.Module:

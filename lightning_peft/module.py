@@ -220,10 +220,10 @@ class TaskModule(L.LightningModule):
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         loss, count = self._step(batch, stage)
-        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+        self.log(f"{stage}_loss", loss, prog_bar=stage == "val", batch_size=count, sync_dist=True)
 
     def _step(self, batch: Any, stage: str) -> tuple[Tensor, int]:
-        options = {"on_step": False, "on_epoch": True, "prog_bar": stage == "val"}
+        options = {"on_step": False, "on_epoch": True}
         if self.task.target == "custom":
             loss, count, values = custom_loss(self.custom_loss, self.model, batch)
             values = {f"{stage}_{name}": value for name, value in values.items()}
