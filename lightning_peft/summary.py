@@ -58,7 +58,8 @@ def describe(model: nn.Module) -> str:
     >>> net = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     >>> inject(net, LoRA(r=1, target_modules="0"))
     >>> print(describe(net))
-    LoRA trains 20 of 240 parameters (8.33 %); the adapter takes 80 B, the base 880 B
+    LoRA trains 20 of 240 parameters (8.33 %)
+      the adapter takes 80 B, the base 880 B
       trained         modules   parameters
       0.delta               1           20
       frozen: 1 (110)
@@ -67,8 +68,8 @@ def describe(model: nn.Module) -> str:
     names = " + ".join(m["name"] for m in s["methods"])
     width = max([14, *(len(_short(t["name"])) for t in s["targets"])])
     lines = [
-        f"{names} trains {s['trainable']:,} of {s['total']:,} parameters ({s['percent']:.2f} %);"
-        f" the adapter takes {size(s['adapter_bytes'])}, the base {size(s['base_bytes'])}",
+        f"{names} trains {s['trainable']:,} of {s['total']:,} parameters ({s['percent']:.2f} %)",
+        f"  the adapter takes {size(s['adapter_bytes'])}, the base {size(s['base_bytes'])}",
         f"  {'trained':<{width}}  modules {'parameters':>12}",
     ]
     lines += [f"  {_short(t['name']):<{width}}  {t['modules']:>7} {t['parameters']:>12,}" for t in s["targets"]]
