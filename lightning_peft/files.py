@@ -34,6 +34,12 @@ def locate(path: str | os.PathLike) -> Path:
     return Path(next(iter(spec.submodule_search_locations)), rest)
 
 
+def near(path: str | os.PathLike) -> str:
+    """The path as a person in this folder would write it: relative below the folder, else in full."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(Path(path).resolve())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; rename it to ``path`` at the end, or remove it if anything fails."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from lightning_peft.callbacks import MergeOnFitEnd
 from lightning_peft.callbacks.best import best_adapter, best_path
-from lightning_peft.files import write_adapter
+from lightning_peft.files import near, write_adapter
 from lightning_peft.summary import size, summarize
 
 
@@ -49,14 +48,14 @@ def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, 
     merged = next((c.dirpath for c in trainer.callbacks if isinstance(c, MergeOnFitEnd) and c.dirpath), None)
     if merged and Path(merged).is_dir():
         total = sum(f.stat().st_size for f in Path(merged).iterdir() if f.is_file())
-        rows.append(("merged model", f"{_near(Path(merged))} ({size(total)})"))
+        rows.append(("merged model", f"{near(Path(merged))} ({size(total)})"))
     if (folder / "config.yaml").exists():
-        rows.append(("config", _near(folder / "config.yaml")))
+        rows.append(("config", near(folder / "config.yaml")))
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             run = logger.experiment
             offline = run.settings.mode == "offline" or run.offline
-            rows.append(("W&B", f"{_near(Path(run.dir).parent)} (offline)" if offline else str(run.url)))
+            rows.append(("W&B", f"{near(Path(run.dir).parent)} (offline)" if offline else str(run.url)))
     return rows
 
 
@@ -64,10 +63,10 @@ def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> l
     checkpoint = best_path(trainer)
     rows = []
     if checkpoint:
-        path = _near(Path(checkpoint))
+        path = near(Path(checkpoint))
         rows.append(("measure", f"lightning-peft test --ckpt_path {path}"))
         rows.append(("predict", f"lightning-peft predict --ckpt_path {path}"))
-    rows.append(("swap in", f'lightning_peft.load_adapter(model, "{_near(adapter)}")'))
+    rows.append(("swap in", f'lightning_peft.load_adapter(model, "{near(adapter)}")'))
     merged = next((text.split(" (")[0] for label, text in places if label == "merged model"), None)
     offline = next((text for label, text in places if label == "W&B" and text.endswith(" (offline)")), None)
     if offline:
@@ -78,10 +77,4 @@ def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> l
 
 
 def _file(path: Path) -> str:
-    return f"{_near(path)} ({size(path.stat().st_size)})"
-
-
-def _near(path: Path) -> str:
-    """The shorter of the relative and the full path."""
-    relative = os.path.relpath(path)
-    return relative if not relative.startswith("..") else str(path.resolve())
+    return f"{near(path)} ({size(path.stat().st_size)})"
