@@ -19,7 +19,7 @@ def main() -> None:
     console.print(Text("$ lightning-peft fit --config configs/quickstart.yaml", style="bold green"))
     for line in sys.stdin.read().splitlines():
         line = re.sub(r"\x1b\[[0-9;]*m", "", line).rsplit("\r", 1)[-1].rstrip()
-        if line.startswith(("Tokenising", "Restoring", "Loaded")):
+        if not line or line.startswith(("Tokenising", "Restoring", "Loaded")):
             continue
         if len(line) > WIDTH:
             line = line[: WIDTH - 1] + "…"

@@ -13,6 +13,7 @@ from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.export import float_base, save_merged
+from lightning_peft.files import near
 from lightning_peft.merging import merge, obstacle
 from lightning_peft.method import Method
 from lightning_peft.trainable import find, require
@@ -71,7 +72,7 @@ class MergeOnFitEnd(L.Callback):
         if self.dirpath and trainer.is_global_zero and not trainer.fast_dev_run:
             data = getattr(trainer, "datamodule", None)
             save_merged(pl_module, self.dirpath, getattr(data, "tokenizer", None))
-            rank_zero_info(f"Merged model written to {Path(self.dirpath).resolve()}.")
+            rank_zero_info(f"Merged model written to {near(self.dirpath)}.")
 
     def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.which == "last":
@@ -79,7 +80,7 @@ class MergeOnFitEnd(L.Callback):
         path = best_path(trainer)
         if path:
             load_adapter(pl_module, path)
-            rank_zero_info(f"Best weights loaded from {path}.")
+            rank_zero_info(f"Best weights loaded from {near(path)}.")
         elif not trainer.fast_dev_run:
             rank_zero_info("MergeOnFitEnd: no checkpoint monitors a metric, so the last weights are used.")
 
