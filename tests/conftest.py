@@ -1,5 +1,6 @@
 """Settings for all tests: no network, one thread, quiet libraries, reproducible numbers."""
 
+import itertools
 import logging
 import os
 import warnings
@@ -12,6 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+
+_ports = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _own_port(monkeypatch):
+    """Distributed tests of two workers must not choose one port; below the range that the system hands out itself."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    monkeypatch.setenv("MASTER_PORT", str(20000 + 2000 * worker + next(_ports) % 2000))
 
 
 @pytest.fixture(autouse=True)

@@ -369,7 +369,7 @@ def test_a_fresh_process_unpickles(tmp_path):
     inject(model, PrefixTuning(3, init_std=1.0))
     torch.save((model, kind.output(model)), tmp_path / "model.pt")
     code = (
-        "import sys, torch\nfrom tests.grid import GRID\n"
+        "import sys, torch; torch.set_num_threads(1)\nfrom tests.grid import GRID\n"
         "model, expected = torch.load(sys.argv[1], weights_only=False)\n"
         "assert torch.equal(GRID['gpt2'].output(model), expected)"
     )
