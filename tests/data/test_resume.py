@@ -110,3 +110,30 @@ def test_each_epoch_and_each_fit_shows_every_row_in_a_new_order(tmp_path, table,
     fixed, _ = fit(tmp_path, data, max_epochs=3, overfit_batches=2)
     shown = [ids for _, ids in fixed.seen]
     assert shown[:2] == shown[2:4] == shown[4:]
+
+
+def test_a_schedule_that_asks_for_the_length_of_the_run(table, tokenizer, tmp_path):
+    """TaskModule's default schedule reads the length in ``configure_optimizers``; the resume sees the right batches."""
+    from lightning_peft import PEFT, LoRA, TaskModule, adapter_state_dict
+
+    shown = {}
+
+    class Shown(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            shown.setdefault(id(trainer), []).append(batch["input_ids"].tolist())
+
+    def run(ckpt=None):
+        tiny = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        tiny |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        net = TaskModule(tiny, "sequence-classification", lr=0.01)
+        keeper = ModelCheckpoint(tmp_path / "t", "{step}", save_top_k=-1, every_n_train_steps=3)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = L.Trainer(max_epochs=2, callbacks=[PEFT(LoRA(r=2)), keeper, Shown()], **quiet)
+        trainer.fit(net, datamodule=module(table, tokenizer), ckpt_path=ckpt)
+        return net, shown[id(trainer)]
+
+    straight, all_batches = run()
+    resumed, rest = run(tmp_path / "t" / "step=3.ckpt")
+    assert rest == all_batches[3:]
+    first, second = adapter_state_dict(straight), adapter_state_dict(resumed)
+    assert all(torch.equal(first[n], second[n]) for n in first)
