@@ -116,8 +116,8 @@ class PEFT(L.Callback):
         check_optimizers(trainer, pl_module)
         check_rates(trainer, pl_module)
         rank_zero_info(describe(pl_module))
-        # a schedule that asked for the length of the run has built the loader before its state is restored, and Lightning
-        # would not look at that state again: a mid-epoch resume would start the epoch over
+        # a schedule that asked for the length of the run has built the loader before its state is restored, and
+        # Lightning would not look at that state again: a mid-epoch resume would start the epoch over
         trainer.fit_loop._combined_loader = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
