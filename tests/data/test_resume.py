@@ -112,7 +112,7 @@ def test_each_epoch_and_each_fit_shows_every_row_in_a_new_order(tmp_path, table,
     assert shown[:2] == shown[2:4] == shown[4:]
 
 
-def test_a_schedule_that_asks_for_the_length_of_the_run(table, tokenizer, tmp_path):
+def test_a_schedule_that_asks_for_the_length_of_the_run(table, encoder_tokenizer, tmp_path):
     """TaskModule's default schedule reads the length in ``configure_optimizers``; the resume sees the right batches."""
     from lightning_peft import PEFT, LoRA, TaskModule, adapter_state_dict
 
@@ -129,7 +129,7 @@ def test_a_schedule_that_asks_for_the_length_of_the_run(table, tokenizer, tmp_pa
         keeper = ModelCheckpoint(tmp_path / "t", "{step}", save_top_k=-1, every_n_train_steps=3)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         trainer = L.Trainer(max_epochs=2, callbacks=[PEFT(LoRA(r=2)), keeper, Shown()], **quiet)
-        trainer.fit(net, datamodule=module(table, tokenizer), ckpt_path=ckpt)
+        trainer.fit(net, datamodule=module(table, encoder_tokenizer), ckpt_path=ckpt)
         return net, shown[id(trainer)]
 
     straight, all_batches = run()
