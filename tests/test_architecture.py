@@ -59,13 +59,20 @@ LAYERS = [
     ["task.predictions", "task.objectives"],
     ["task"],
     ["module"],
+    ["compare.plan", "compare.results", "compare.cost", "compare.progress"],
+    ["compare.task"],
+    ["compare.training"],
+    ["compare.comparison"],
+    ["compare.table", "compare.plots"],
+    ["compare"],
     ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
     ["cli.run"],
+    ["cli.compare"],
     ["cli"],
     ["__main__"],
 ]
-HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload", "data", "task", "module", "cli"}
+HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft", "matplotlib"}
+WITH_LIGHTNING = {"callbacks", "reload", "data", "task", "module", "compare", "cli"}
 
 
 def level(module: str) -> int:
