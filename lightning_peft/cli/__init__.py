@@ -48,7 +48,9 @@ def _train(words: list[str]) -> int:
 
     quiet.logs()
     try:
-        compare(words[1:]) if words[0] == "compare" else run(words)
+        if words[0] == "compare":
+            return compare(words[1:])
+        run(words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:

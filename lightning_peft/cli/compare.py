@@ -82,8 +82,8 @@ class _Config(PEFTCLI):
         """Not here: every run builds its own."""
 
 
-def compare(words: Sequence[str]) -> None:
-    """Run the command.
+def compare(words: Sequence[str]) -> int:
+    """Run the command; the status is 1 if no method could be tested.
 
     Raises:
         ConfigError: an unknown method or metric, a bad budget, a task that cannot be compared.
@@ -97,12 +97,12 @@ def compare(words: Sequence[str]) -> None:
     candidates, left_out = choose(options.methods, given)
     console = Console(highlight=False)
     out = options.out or Path(config.config.trainer.get("default_root_dir") or "runs", "compare")
-    with _quiet():
+    with _quiet(bars=console.is_terminal):
         task = ComparedTask(config.parser, config.config, out, f"compare-{out.parent.name or out.name}")
         steps = task.steps(read_budget(options.budget) if options.budget is not None else None)
         first = config.config.get("seed_everything")
         first = first if isinstance(first, int) and not isinstance(first, bool) else 42
-        seeds, metric = list(range(first, first + options.seeds)), options.metric or task.metric
+        seeds, metric = list(range(first, first + options.seeds)), task.check_metric(options.metric or task.metric)
         task.group += f"-{steps}steps"
         progress, results = Progress(console), Results(out / "results")
         settings = (steps, options.rates, options.validations, metric)
@@ -112,8 +112,12 @@ def compare(words: Sequence[str]) -> None:
             progress.say(f"{name} is left out: {reason}")
         try:
             comparison.run()
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the one into the other
+            console.print("Stopped. The same command goes on from here; until now:")
+            raise SystemExit(130) from None
         finally:
             _write(console, comparison, out)
+    return 0 if any(outcome.tested for outcome in comparison.outcomes) else 1
 
 
 def _parse(words: list[str]) -> _Config:
@@ -161,14 +165,20 @@ def _write(console: Console, comparison: Comparison, out: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what Lightning says of every Trainer off the screen."""
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """Keep what Lightning says of every Trainer off the screen, and bars of tokenising out of a file."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+
+    enable_progress_bar() if bars else disable_progress_bar()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric).*")
-        yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+        try:
+            yield
+        finally:
+            enable_progress_bar()
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -75,9 +75,10 @@ def _cells(row: Mapping[str, Any], wide: bool) -> list[str]:
     cells += [short(row["lr"]) if row["lr"] else "–"] if wide else []
     cells += [_number(row["val_mean"], ".3f")] if wide else []
     spread = f" ± {row['std']:.3f}" if row["std"] is not None else ""
-    cells += [f"{row['mean']:.3f}{spread}" if row["mean"] is not None else "failed"]
+    nothing = "failed" if row["error"] else "unfinished"
+    cells += [f"{row['mean']:.3f}{spread}" if row["mean"] is not None else nothing]
     cells += [f"{row['trainable']:,}" if wide and row["trainable"] is not None else _count(row["trainable"])]
-    cells += [_number(row["percent"], ".3g"), _megabytes(row["file_bytes"]), _number(row["step_ratio"], ".2f")]
+    cells += [_number(row["percent"], ".2f"), _megabytes(row["file_bytes"]), _number(row["step_ratio"], ".2f")]
     cells += [_megabytes(row["peak_bytes"]), _megabytes(row["kept_bytes"])]
     return [*cells, _number(row["seconds"], ".0f")] if wide else cells
 

@@ -66,6 +66,7 @@ class ComparedTask:
         self.kind = find_task(self.model_options["task"])
         self.metric = _METRIC[self.kind.target]
         self.data = self._read()
+        self.metric_names: list[str] = []
         self.base_values = self._look_at_base()
 
     def _check(self) -> None:
@@ -76,6 +77,12 @@ class ComparedTask:
         devices = self.config.trainer.get("devices", "auto")
         if devices not in ("auto", 1, "1", [0], "0") or self.config.trainer.get("num_nodes", 1) != 1:
             raise ConfigError(f"trainer.devices={devices!r}: compare runs on one device; leave it out.")
+
+    def check_metric(self, name: str) -> str:
+        """The name, if the task has such a metric; a custom loss may log any."""
+        if name not in self.metric_names and self.kind.target != "custom":
+            raise ConfigError(f"--metric {name}: {self.kind.name} has {', '.join(self.metric_names)}.")
+        return name
 
     # ---- data ------------------------------------------------------------------------------------------------------
     def _read(self) -> L.LightningDataModule:
@@ -128,6 +135,7 @@ class ComparedTask:
         new = new_modules(module.model)
         if not new:
             self._base = module.model
+        self.metric_names = ["loss", *(name.removeprefix("val_") for name in module.metrics["val_"])]
         drawn = {id(p) for name in new for p in module.model.get_submodule(name).parameters()}
         found = fingerprint(module.model, drawn)
         return found["structure"] + found["values"]
