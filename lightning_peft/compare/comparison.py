@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import tempfile
 from collections.abc import Callable
@@ -147,7 +148,7 @@ class Comparison:
             outcome.errors.append(f"test: {_one_line(error)}")
             return None
         self.results.put(key, record)
-        value = record["test"].get(self.metric)
+        value = record["test"].get(self.metric, math.nan)
         self.progress.say(f"{outcome.label} lr {short(rate)} is the best on validation: test {self.metric} {value:.4f}")
         return record
 
@@ -167,6 +168,7 @@ class Comparison:
         except Exception as error:  # whatever one method does must not stop the others
             outcome.errors.append(f"{title.removeprefix(outcome.label).strip() or 'cost'}: {_one_line(error)}")
             record = {"error": _one_line(error)}
+        gc.collect()  # module, Trainer and loops hold each other, and a large base should not wait for its turn
         self.results.put(key, record)
         self.progress.done(title, record, self.metric)
         return None if "error" in record else record

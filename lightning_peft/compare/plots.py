@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def available() -> bool:
 
 def draw(folder: Path, outcomes: Sequence[Outcome], made: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     """Write the pictures into a folder; returns their names, none if nothing was tested."""
-    tested = [row for row in made if row["mean"] is not None and row["trainable"]]
+    tested = [row for row in made if row["mean"] is not None and math.isfinite(row["mean"]) and row["trainable"]]
     if not tested:
         return []
     names = ["metric_and_parameters.png", "learning_curves.png"]

@@ -63,7 +63,7 @@ def notes(outcomes: Sequence[Outcome], left_out: Mapping[str, str], about: str) 
     ]
     said += [f"{o.label}: {note}" for o in outcomes for note in _once(o)]
     said += [f"{o.label} failed: {error}" for o in outcomes for error in o.errors]
-    return said + [f"{name} is left out: {reason}." for name, reason in left_out.items()]
+    return said + [f"{name} is left out: {reason.rstrip('.')}." for name, reason in left_out.items()]
 
 
 def _once(outcome: Outcome) -> list[str]:

@@ -147,6 +147,8 @@ class ComparedTask:
             module.tokenizer = getattr(self.data, "tokenizer", None)
         if base is not None:
             module.model = copy.deepcopy(base)
+            for ours, theirs in zip(module.model.parameters(), base.parameters(), strict=True):
+                ours.__dict__.update(theirs.__dict__)  # which weights were loaded: a copy loses that
         module.configure_model()
         return module
 
