@@ -59,13 +59,19 @@ LAYERS = [
     ["task.predictions", "task.objectives"],
     ["task"],
     ["module"],
+    ["compare", "compare.plan", "compare.results", "compare.cost", "compare.progress"],
+    ["compare.task"],
+    ["compare.training"],
+    ["compare.comparison"],
+    ["compare.table", "compare.plots"],
     ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
     ["cli.run"],
+    ["cli.compare"],
     ["cli"],
     ["__main__"],
 ]
-HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft"}
-WITH_LIGHTNING = {"callbacks", "reload", "data", "task", "module", "cli"}
+HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft", "matplotlib"}
+WITH_LIGHTNING = {"callbacks", "reload", "data", "task", "module", "compare", "cli"}
 
 
 def level(module: str) -> int:

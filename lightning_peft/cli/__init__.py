@@ -13,6 +13,7 @@ USAGE = """usage: lightning-peft COMMAND [options]
   validate  measure a checkpoint on the validation data
   test      measure a checkpoint on the test data
   predict   write predictions
+  compare   many methods on one task: table and plots (lightning-peft compare --config task/bbc_topics.yaml)
   methods   list the methods with their parameters, learning rates and papers
 
 Options of a command: lightning-peft fit --help. A method's options: lightning-peft fit --peft.help LoRA.
@@ -42,10 +43,13 @@ def _train(words: list[str]) -> int:
     from lightning_peft.cli import quiet
 
     quiet.environment()
+    from lightning_peft.cli.compare import compare
     from lightning_peft.cli.run import run
 
     quiet.logs()
     try:
+        if words[0] == "compare":
+            return compare(words[1:])
         run(words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -22,6 +22,7 @@ from lightning_peft import (
     inject,
     summarize,
 )
+from lightning_peft.compare.cost import kept_bytes
 from lightning_peft.files import locate
 
 MB = 1e6
@@ -36,21 +37,10 @@ def model() -> nn.Module:
 
 
 def kept(net: nn.Module) -> int:
-    """Bytes of distinct tensors that autograd keeps between forward and backward, parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """Bytes that autograd keeps between forward and backward."""
     ids = torch.randint(5, 1000, (8, 128))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = net(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros(8, dtype=torch.long)).loss
-    loss.backward()
-    return sum(seen.values())
+    labels = torch.zeros(8, dtype=torch.long)
+    return kept_bytes(net, lambda: net(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss)
 
 
 def row(name: str, method: Method, checkpointing: bool = False) -> None:

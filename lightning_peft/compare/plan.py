@@ -1,0 +1,165 @@
+"""What is compared: methods by label, learning rates, and how long each run trains."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import lightning_peft.methods  # noqa: F401  (defines the classes)
+from lightning_peft.errors import ConfigError
+from lightning_peft.method import Method, registry
+
+#: metrics of which less is better; of any other, more
+LOWER_IS_BETTER = ("loss", "mae", "perplexity", "error")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method in the comparison, and how it is called there."""
+
+    label: str
+    method: Method
+
+    def seeded(self, seed: int) -> Method:
+        """The method with its start values drawn anew for a seed."""
+        fields = {f.name for f in dataclasses.fields(self.method)}  # type: ignore[arg-type]
+        return dataclasses.replace(self.method, init_seed=seed) if "init_seed" in fields else self.method  # type: ignore[type-var]
+
+
+def choose(words: Sequence[str] | None, given: Sequence[Method] = ()) -> tuple[list[Candidate], dict[str, str]]:
+    """The methods to compare, and which are left out for which reason.
+
+    Args:
+        words: ``NAME`` or ``NAME(field=value, …)`` each; None takes every method that needs no argument and no other
+            base.
+        given: methods with the settings of the user's config; they stand in for the defaults of their class.
+
+    Raises:
+        ConfigError: an unknown method or field, or one label twice.
+
+    >>> [c.label for c in choose(["LoRA", "LoRA(r=2)"])[0]]
+    ['LoRA', 'LoRA(r=2)']
+    >>> choose(["Lora"])
+    Traceback (most recent call last):
+    lightning_peft.errors.ConfigError: --methods: unknown method 'Lora'. Did you mean LoRA? Known: AdaLoRA, ...
+    """
+    settings = {type(m).__name__: m for m in given}
+    if words:
+        found = [Candidate(word, settings.get(word) or _build(word)) for word in words]
+        twice = next((c.label for i, c in enumerate(found) if c.label in [o.label for o in found[:i]]), None)
+        if twice:
+            raise ConfigError(f"--methods: {twice} is named twice.")
+        return found, {}
+    found, left_out = [], {}
+    for name, kind in registry().items():
+        needed = [f.name for f in dataclasses.fields(kind) if _required(f)]  # type: ignore[arg-type]
+        if name not in settings and needed:
+            left_out[name] = f"needs {', '.join(needed)}: name it as '{name}({needed[0]}=…)' to compare it"
+            continue
+        method = settings.get(name) or kind()
+        if method.load_options():
+            left_out[name] = "stands on another (quantised) base: name it with --methods to compare it"
+        else:
+            found.append(Candidate(name, method))
+    return found, left_out
+
+
+def _build(word: str) -> Method:
+    """A method from ``NAME`` or ``NAME(field=value)``."""
+    try:
+        tree = ast.parse(word.strip(), mode="eval").body
+        name = tree.func.id if isinstance(tree, ast.Call) else tree.id  # type: ignore[attr-defined]
+        keywords = tree.keywords if isinstance(tree, ast.Call) else []
+        fields = {str(k.arg): ast.literal_eval(k.value) for k in keywords}
+        if isinstance(tree, ast.Call) and tree.args:
+            raise ValueError
+    except (SyntaxError, AttributeError, ValueError):
+        raise ConfigError(f"--methods: {word!r} is no method; write LoRA, or 'LoRA(r=16, alpha=32)'.") from None
+    kind = registry().get(name)
+    if kind is None:
+        raise ConfigError(f"--methods: unknown method {name!r}.{_near(name, list(registry()))}")
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    wrong = next((field for field in fields if field not in known), None)
+    if wrong:
+        raise ConfigError(f"--methods: {name} has no option {wrong!r}.{_near(wrong, known)}")
+    needed = [f.name for f in dataclasses.fields(kind) if _required(f) and f.name not in fields]  # type: ignore[arg-type]
+    if needed:
+        raise ConfigError(f"--methods: {name} needs {', '.join(needed)}: write '{name}({needed[0]}=…)'.")
+    return kind(**fields)
+
+
+def _near(name: str, known: list[str]) -> str:
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return (f" Did you mean {lower[near[0]]}?" if near else "") + f" Known: {', '.join(known)}."
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def rate_grid(method: Method, count: int) -> list[float]:
+    """Learning rates to try, from the method's own range.
+
+    The default; then the range's upper and lower ends; then the middle (in logarithms) of the widest gap, again and
+    again. So a larger grid holds the smaller ones, and more rates can be tried later without repeating any.
+
+    >>> from lightning_peft import LoRA
+    >>> rate_grid(LoRA(), 1), rate_grid(LoRA(), 4)
+    ([0.0002], [5e-05, 0.0002, 0.00063, 0.002])
+    """
+    low, high = method.lr_range
+    rates = list(dict.fromkeys([method.default_lr, high, low]))[:count]
+    while len(rates) < count:
+        rates.sort()
+        gaps = [math.log(b / a) for a, b in pairwise(rates)]
+        widest = gaps.index(max(gaps))
+        middle = float(f"{math.sqrt(rates[widest] * rates[widest + 1]):.1e}")
+        if middle in rates:
+            break  # the range holds no more rates of two digits
+        rates.append(middle)
+    return sorted(rates)
+
+
+def short(rate: float) -> str:
+    """A rate as people write it.
+
+    >>> short(0.0002), short(0.00063)
+    ('2e-4', '6.3e-4')
+    """
+    mantissa, exponent = f"{rate:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def read_budget(text: str) -> tuple[int, str]:
+    """A budget as a number and its unit, ``steps`` or ``epochs``.
+
+    >>> read_budget("200"), read_budget("3epochs")
+    ((200, 'steps'), (3, 'epochs'))
+    """
+    match = re.fullmatch(r"(\d+)\s*(steps?|epochs?|e)?", str(text).strip())
+    if match is None or int(match[1]) < 1:
+        raise ConfigError(f"--budget {text}: give a number of optimizer steps (200) or of epochs (3epochs).")
+    return int(match[1]), "epochs" if (match[2] or "").startswith("e") else "steps"
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric is the better one.
+
+    >>> lower_is_better("loss"), lower_is_better("accuracy")
+    (True, False)
+    """
+    return any(word in metric.lower() for word in LOWER_IS_BETTER)
+
+
+def best(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any]:
+    """The run with the best value of a metric on the validation data; the lower loss decides between equal ones."""
+    sign = 1 if lower_is_better(metric) else -1
+    return min(records, key=lambda r: (sign * r["val"][metric], r["val"].get("loss", 0.0)))
