@@ -38,6 +38,11 @@ LAYERS = [
     ["checkpoint"],
     ["merging"],
     ["summary", "combining"],
+    ["formats.naming", "formats.folder"],
+    ["formats.card", "formats.lowrank"],
+    ["formats.prompts", "formats.vectors"],
+    ["formats.peft"],
+    ["formats"],
     ["export"],
     ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
     ["callbacks.peft"],
@@ -121,7 +126,8 @@ def test_heavy_libraries_only_where_used(name):
 
 def test_core_loads_neither_lightning_nor_transformers():
     core = (
-        "inject, unload, merge, unmerge, merge_and_unload, disabled, save_adapter, load_adapter, summarize, save_merged"
+        "inject, unload, merge, unmerge, merge_and_unload, disabled, save_adapter, load_adapter, summarize,"
+        " save_merged, export_peft, import_peft"
     )
     code = (
         "import sys, torch; from torch import nn\n"
