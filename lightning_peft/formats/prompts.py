@@ -84,7 +84,8 @@ def _check_prefix(root: nn.Module, method: PrefixTuning, names: list[str]) -> No
 
 def _takes_cache(root: nn.Module) -> bool:
     models = [root, getattr(root, "base_model", root)]
-    return any("past_key_values" in inspect.signature(type(m).forward).parameters for m in models)
+    names = {n for m in models for n in inspect.signature(type(m).forward).parameters}
+    return bool(names & {"past_key_values", "cache"})  # the second is its name in newer transformers
 
 
 def _layers(root: nn.Module) -> int:
