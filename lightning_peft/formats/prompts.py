@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.folder import COMMON, PROMPT, Folder, Incoming, Outgoing
 from lightning_peft.formats.naming import task_of
-from lightning_peft.methods.prefix_tuning import PrefixTuning, part_of
+from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.ptuning import Placeholders, PTuning
 from lightning_peft.prompting.prefix import PrefixedAttention, heads_of
@@ -48,7 +48,7 @@ def write_prefix(root: nn.Module, method: PrefixTuning, names: list[str]) -> Out
         "num_layers": len(pairs),
         "num_attention_heads": heads,
         "token_dim": heads * width,
-        "num_transformer_submodules": 2 if _encoder_decoder(root) else 1,
+        "num_transformer_submodules": 1,
         "encoder_hidden_size": None,
         "prefix_projection": False,
     }
@@ -71,10 +71,10 @@ def _check_prefix(root: nn.Module, method: PrefixTuning, names: list[str]) -> No
         )
     elif not hasattr(root, "config") or not _takes_cache(root):
         reason = f"peft hands prefixes over as a cache, which {type(root).__name__} does not take"
-    elif _encoder_decoder(root) and {part_of(n) for n in names} != {"decoder"}:
+    elif _encoder_decoder(root):
         reason = (
-            "peft puts prefixes into the decoder's self-attention only. Train with PrefixTuning(encoder=False,"
-            " cross=False, positions='shift')"
+            "in an encoder-decoder peft gives layer i the keys and values of layer 2i, so that layers share them."
+            " PromptTuning and LoRA export from such models"
         )
     elif len(names) != _layers(root):
         reason = f"peft needs a prefix in each of the {_layers(root)} layers, here {len(names)} have one"
@@ -108,25 +108,24 @@ def _no(method: Any, reason: str) -> PEFTError:
 def read_prefix(folder: Folder, root: nn.Module) -> Incoming:
     """Row i, as (2·layers, heads, width): keys at even places, values at odd ones."""
     table = _table(folder)
-    parts = {"encoder": False, "cross": False} if _encoder_decoder(root) else {}
+    crossed = _encoder_decoder(root)
+    parts = {"encoder": False, "cross": False} if crossed else {}
     method = PrefixTuning(num_virtual_tokens=len(table), positions="shift", **parts)
     targets = method.targets(root)
-    attentions = {n: m for n, m in targets.items() if method.adapts(m)}
-    tensors, rest = {}, table
-    for name, module in attentions.items():
-        heads = heads_of(module, name)
-        for leaf, width in (("prefix_key", heads.key), ("prefix_value", heads.value)):
-            part, rest = rest[:, : heads.count * width], rest[:, heads.count * width :]
-            if part.shape[1] != heads.count * width:
-                break
-            tensors[f"{name}.delta.{leaf}"] = part.reshape(-1, heads.count, width)
-    if rest.shape[1] or len(tensors) != 2 * len(attentions):
-        needed = sum(heads_of(m, n).width for n, m in attentions.items())
+    attentions = [(n, m) for n, m in targets.items() if method.adapts(m)]
+    heads = [heads_of(m, n) for n, m in attentions]
+    if len(set(heads)) != 1 or heads[0].key != heads[0].value or table.shape[1] != sum(h.width for h in heads):
         raise folder.refuse(
             f"its prefixes are {table.shape[1]} numbers wide, the {len(attentions)} attentions of"
-            f" {type(root).__name__} take {needed}. It was made for"
+            f" {type(root).__name__} take {sum(h.width for h in heads)}. It was made for"
             f" {folder.config.get('base_model_name_or_path') or 'another base'}."
         )
+    rows = table.unflatten(1, (len(attentions), 2, heads[0].count, heads[0].key))
+    tensors = {}
+    for i, (name, _) in enumerate(attentions):
+        layer = 2 * i % len(attentions) if crossed else i  # what peft's cache gives to this layer
+        for j, leaf in enumerate(("prefix_key", "prefix_value")):
+            tensors[f"{name}.delta.{leaf}"] = rows[:, layer, j]
     return Incoming(method, targets, tensors, {_KEY})
 
 
