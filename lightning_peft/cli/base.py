@@ -1,0 +1,131 @@
+"""A saved adapter in the base it was trained beside: found by what the file, or the config beside it, says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.checkpoint import load_adapter
+from lightning_peft.errors import CheckpointError, PEFTError
+from lightning_peft.files import SECTION, load_checkpoint, locate, read
+from lightning_peft.task.kinds import find_task
+from lightning_peft.task.loading import explained, load, load_tokenizer, quiet, resolve
+from lightning_peft.verify import verify_section
+
+
+class Opened(NamedTuple):
+    """An adapter in its base, and what the run says of itself."""
+
+    network: nn.Module
+    tokenizer: Any
+    data: str | None
+    metrics: dict[str, float]
+
+
+def open_adapter(path: str, base: str | None) -> Opened:
+    """Build the base and load the adapter, strictly.
+
+    Args:
+        path: checkpoint, adapter file or adapter folder.
+        base: hub id, folder or GGUF file to use instead of the one that the file names.
+
+    Raises:
+        PEFTError: no adapter, or its base cannot be found or built.
+    """
+    state, info = read(path)
+    verify_section(info, path)
+    record = _record(locate(path))
+    given = record["model"]
+    source = base or given.get("model") or info["base"].get("source")
+    if not source:
+        raise PEFTError(
+            f"{path} does not say where its base came from. Give it: --base PATH (hub id, folder or .gguf)."
+        )
+    network = _build(path, source, given, state, info)
+    load_adapter(network, {"state_dict": state, SECTION: info})
+    named = given.get("tokenizer") or record["data"].get("tokenizer") or source
+    tokenizer = load_tokenizer(named) if isinstance(named, str) else None
+    return Opened(network.eval(), tokenizer, _data(record["data"]), record["metrics"])
+
+
+def _build(path: str, source: Any, given: Mapping[str, Any], state: Mapping[str, Tensor], info: Any) -> nn.Module:
+    """The base, in the precision it had; never in few bits: what is merged or exported is computed in floats."""
+    options = dict(given.get("model_kwargs") or {})
+    options.pop("quantization_config", None)
+    options.setdefault("dtype", info["base"]["dtype"] or "float32")
+    labels = given.get("label_names") or info.get("labels")
+    if isinstance(source, Mapping):
+        return load(source, find_task(given["task"]), labels, options)[0]
+    import transformers
+
+    kind = getattr(transformers, info["base"]["class"], None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise PEFTError(
+            f"{path}: its base is a {info['base']['class']}, which is no class of transformers, so it cannot be built"
+            " here. In Python: load_adapter(network, path), then export_peft or save_merged(network, folder)."
+        )
+    place, extra = resolve(source)
+    options = {**extra, **options, **_labels(labels, state, info)}
+    with quiet(local=Path(place).exists()), explained(source, options):
+        return kind.from_pretrained(place, ignore_mismatched_sizes=True, **options)
+
+
+def _labels(labels: Any, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of the classes, or their number by the new head's last matrix."""
+    if not info["new_modules"]:
+        return {}
+    if labels:
+        return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    new = tuple(f"{info['network']}{name}." for name in info["new_modules"])
+    rows = [len(t) for n, t in state.items() if n.startswith(new) and t.ndim == 2]
+    return {"num_labels": rows[-1]} if rows else {}
+
+
+def _record(place: Path) -> dict[str, Any]:
+    """What the checkpoint remembers of model, data and results; else the config that fit saved beside it."""
+    record: dict[str, Any] = {"model": {}, "data": {}, "metrics": {}}
+    if place.is_file() and place.suffix != ".safetensors":
+        content = load_checkpoint(place)
+        model = content.get("hyper_parameters") or {}
+        record["model"] = dict(model) if {"model", "task"} <= set(model) else {}
+        record["data"] = dict(content.get("datamodule_hyper_parameters") or {})
+        record["metrics"] = _metrics(content.get("callbacks") or {}, place)
+    config = _config(place)
+    for part in ("model", "data"):
+        said = (config.get(part) or {}).get("init_args") or {}
+        record[part] = record[part] or dict(said)
+    return record
+
+
+def _config(place: Path) -> dict[str, Any]:
+    import yaml
+
+    for folder in (place if place.is_dir() else place.parent, place.parent, place.parent.parent):
+        file = folder / "config.yaml"
+        if file.is_file():
+            try:
+                config = yaml.safe_load(file.read_text())
+            except (yaml.YAMLError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+            return config if isinstance(config, dict) else {}
+    return {}
+
+
+def _metrics(callbacks: Mapping[str, Any], place: Path) -> dict[str, float]:
+    """The monitored value of the best checkpoint, if this is it."""
+    found = {}
+    for state in callbacks.values():
+        if isinstance(state, Mapping) and Path(str(state.get("best_model_path") or "")).name == place.name:
+            score = state.get("best_model_score")
+            if state.get("monitor") and isinstance(score, Tensor) and torch.isfinite(score):
+                found[str(state["monitor"])] = float(score)
+    return found
+
+
+def _data(data: Mapping[str, Any]) -> str | None:
+    value = data.get("data")
+    return str(value) if value else None
