@@ -13,7 +13,7 @@ from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import SECTION, load_checkpoint, locate, read
 from lightning_peft.task.kinds import find_task
-from lightning_peft.task.loading import explained, load, load_tokenizer, quiet, resolve
+from lightning_peft.task.loading import explained, label_options, load, load_tokenizer, quiet, resolve
 from lightning_peft.verify import verify_section
 
 
@@ -38,13 +38,11 @@ def open_adapter(path: str, base: str | None) -> Opened:
     """
     state, info = read(path)
     verify_section(info, path)
-    record = _record(locate(path))
+    record = _record(locate(path), str(info["base"].get("source") or ""))
     given = record["model"]
     source = base or given.get("model") or info["base"].get("source")
     if not source:
-        raise PEFTError(
-            f"{path} does not say where its base came from. Give it: --base PATH (hub id, folder or .gguf)."
-        )
+        raise PEFTError(f"{path} does not say where its base came from: give --base PATH (hub id, folder or .gguf).")
     network = _build(path, source, given, state, info)
     load_adapter(network, {"state_dict": state, SECTION: info})
     named = given.get("tokenizer") or record["data"].get("tokenizer") or source
@@ -57,7 +55,7 @@ def _build(path: str, source: Any, given: Mapping[str, Any], state: Mapping[str,
     options = dict(given.get("model_kwargs") or {})
     options.pop("quantization_config", None)
     options.setdefault("dtype", info["base"]["dtype"] or "float32")
-    labels = given.get("label_names") or info.get("labels")
+    labels = given.get("label_names") or info.get("labels")  # the names it was trained with
     if isinstance(source, Mapping):
         return load(source, find_task(given["task"]), labels, options)[0]
     import transformers
@@ -69,23 +67,22 @@ def _build(path: str, source: Any, given: Mapping[str, Any], state: Mapping[str,
             " here. In Python: load_adapter(network, path), then export_peft or save_merged(network, folder)."
         )
     place, extra = resolve(source)
-    options = {**extra, **options, **_labels(labels, state, info)}
+    task = label_options(find_task(given["task"]), labels) if "task" in given else {}
+    options = {**extra, **options, **_labels(labels, state, info), **task}
     with quiet(local=Path(place).exists()), explained(source, options):
         return kind.from_pretrained(place, ignore_mismatched_sizes=True, **options)
 
 
 def _labels(labels: Any, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
     """Names of the classes, or their number by the new head's last matrix."""
-    if not info["new_modules"]:
-        return {}
     if labels:
         return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     new = tuple(f"{info['network']}{name}." for name in info["new_modules"])
-    rows = [len(t) for n, t in state.items() if n.startswith(new) and t.ndim == 2]
+    rows = [len(t) for n, t in state.items() if new and n.startswith(new) and t.ndim == 2]
     return {"num_labels": rows[-1]} if rows else {}
 
 
-def _record(place: Path) -> dict[str, Any]:
+def _record(place: Path, source: str) -> dict[str, Any]:
     """What the checkpoint remembers of model, data and results; else the config that fit saved beside it."""
     record: dict[str, Any] = {"model": {}, "data": {}, "metrics": {}}
     if place.is_file() and place.suffix != ".safetensors":
@@ -95,10 +92,19 @@ def _record(place: Path) -> dict[str, Any]:
         record["data"] = dict(content.get("datamodule_hyper_parameters") or {})
         record["metrics"] = _metrics(content.get("callbacks") or {}, place)
     config = _config(place)
-    for part in ("model", "data"):
-        said = (config.get(part) or {}).get("init_args") or {}
-        record[part] = record[part] or dict(said)
+    model, data = ((config.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
+    if _fits(model, source):
+        record["model"] = record["model"] or dict(model)
+        record["data"] = record["data"] or dict(data)
     return record
+
+
+def _fits(model: Mapping[str, Any], source: str) -> bool:
+    """Whether a config that lies nearby is of this run: it names the same base, or the adapter names none."""
+    named = model.get("model")
+    if not isinstance(named, str) or not source:
+        return bool(named) and not source
+    return Path(named).name == Path(source).name or Path(named).parent.name == Path(source).name
 
 
 def _config(place: Path) -> dict[str, Any]:

@@ -135,11 +135,17 @@ class _Anything:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __call__(self, *args: Any, **kwargs: Any) -> _Anything:
+        return self
+
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __hash__(self) -> int:
-        return id(self)
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """Forget it."""
 
 
 class _Reader(pickle.Unpickler):
