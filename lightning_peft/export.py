@@ -18,6 +18,7 @@ from lightning_peft.checkpoint import adapter_state_dict, load_adapter, section
 from lightning_peft.errors import MergeError, PEFTError
 from lightning_peft.files import SECTION
 from lightning_peft.merging import merge_and_unload, obstacle
+from lightning_peft.quantized import bits
 from lightning_peft.trainable import MARK, require
 
 _TOKENIZER_FILES = (
@@ -58,6 +59,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         if hasattr(merged, "save_pretrained"):
+            _forget_packing(merged)
             with _no_bar():
                 merged.save_pretrained(temporary)
             _add_tokenizer(temporary, tokenizer, str(getattr(merged.config, "_name_or_path", "") or ""))
@@ -68,6 +70,15 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _forget_packing(merged: Any) -> None:
+    """A model of floats that came out of a packed file (GGUF) still calls itself quantised, and would not be saved."""
+    if any(bits(p) is not None for p in merged.parameters()):
+        return
+    for owner in (merged, merged.config):
+        for name in ("hf_quantizer", "quantization_method", "quantization_config"):
+            owner.__dict__.pop(name, None)
 
 
 def _add_tokenizer(folder: Path, tokenizer: Any, source: str) -> None:
