@@ -67,10 +67,17 @@ def _build(path: str, source: Any, given: Mapping[str, Any], state: Mapping[str,
             " here. In Python: load_adapter(network, path), then export_peft or save_merged(network, folder)."
         )
     place, extra = resolve(source)
+    extra = extra or _gguf(Path(place))
     task = label_options(find_task(given["task"]), labels) if "task" in given else {}
     options = {**extra, **options, **_labels(labels, state, info), **task}
     with quiet(local=Path(place).exists()), explained(source, options):
         return kind.from_pretrained(place, ignore_mismatched_sizes=True, **options)
+
+
+def _gguf(place: Path) -> dict[str, str]:
+    """A folder with a GGUF file and no configuration: the adapter remembers the folder only."""
+    files = list(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").exists() else []
+    return {"gguf_file": files[0].name} if len(files) == 1 else {}
 
 
 def _labels(labels: Any, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from lightning_peft.errors import CheckpointError
 _LABEL = 10
 #: fields told elsewhere, or without meaning once it is trained
 _ELSEWHERE = ("target_modules", "modules_to_save")
-_QUIET_PEFT = ("target_modules", "modules_to_save", "peft_type", "base_model_name_or_path", "task_type", "auto_mapping")
+_QUIET_PEFT = {
+    *("target_modules", "modules_to_save", "peft_type", "base_model_name_or_path", "task_type", "auto_mapping"),
+    *("inference_mode", "megatron_core", "qalora_group_size", "init_lora_weights"),
+}
 
 
 def main(words: Sequence[str]) -> None:
@@ -95,7 +98,7 @@ def _star(name: str) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ")"
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def _size_of(path: Path) -> str:

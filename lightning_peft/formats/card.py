@@ -28,7 +28,7 @@ _USE = {
 model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER")""",
     "lightning_peft": """from lightning_peft import load_adapter
 
-load_adapter(model, "PATH OF THIS FOLDER")  # `model` is the base, or a LightningModule with it""",
+load_adapter(base, "PATH OF THIS FOLDER")  # or a LightningModule that holds the base""",
 }
 _ELSEWHERE = ("target_modules", "modules_to_save", "adapters", "adapter")
 
@@ -64,9 +64,19 @@ def card(
         f"# {names} adapter for {_title(source, base['class'])}",
         _facts(model, source, data),
         _results(metrics),
-        f"## Use\n\n```python\n{_USE[library]}\n```",
+        f"## Use\n\n```python\n{_base(root, source)}{_USE[library]}\n```",
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def _base(root: nn.Module, source: str) -> str:
+    """The line that loads the base, where it comes from the hub."""
+    if not on_hub(source) or not hasattr(root, "config"):
+        return ""
+    head = task_of(root) in ("SEQ_CLS", "TOKEN_CLS")
+    labels = f", num_labels={root.config.num_labels}" if head else ""
+    kind = type(root).__name__
+    return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({source!r}{labels})\n\n"
 
 
 def _head(root: nn.Module, methods: list[Method], source: str, library: str) -> str:

@@ -44,7 +44,7 @@ _LEAVES = {
 
 
 # ---- out -----------------------------------------------------------------------------------------------------------
-def write(root: nn.Module, method: LoRA, names: list[str]) -> Outgoing:
+def write_lora(root: nn.Module, method: LoRA, names: list[str]) -> Outgoing:
     """Plain LoRA tensors: starts that are taken off, parts of fused projections and followed weights are further ranks.
 
     Raises:
@@ -159,7 +159,7 @@ def _check_layer(name: str, module: Adapted) -> None:
 
 
 # ---- in ------------------------------------------------------------------------------------------------------------
-def read(folder: Folder, root: nn.Module) -> Incoming:
+def read_lora(folder: Folder, root: nn.Module) -> Incoming:
     """LoRA, DoRA or BitFit.
 
     Raises:

@@ -15,9 +15,9 @@ from lightning_peft.bottleneck.placement import AdapterMethod
 from lightning_peft.checkpoint import withdraw
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.fields import settle
-from lightning_peft.formats import lowrank, prompts, vectors
 from lightning_peft.formats.card import card
 from lightning_peft.formats.folder import PROMPT, TUNER, Folder, Incoming, Outgoing, read_folder, write_folder
+from lightning_peft.formats.lowrank import read_lora, write_biases, write_lora
 from lightning_peft.formats.naming import (
     TASK_MODULES,
     base_tensors,
@@ -27,6 +27,8 @@ from lightning_peft.formats.naming import (
     target_patterns,
     task_of,
 )
+from lightning_peft.formats.prompts import read_prefix, read_prompt, write_prefix, write_prompt, write_ptuning
+from lightning_peft.formats.vectors import read_adalora, read_ia3, read_vera, write_adalora, write_ia3, write_vera
 from lightning_peft.heads import new_modules
 from lightning_peft.injection import place, settle_outside
 from lightning_peft.method import Method
@@ -43,23 +45,23 @@ from lightning_peft.trainable import find, model_tensors, network, refuse_disabl
 from lightning_peft.verify import some
 
 _WRITERS: dict[type[Method], Callable[[nn.Module, Any, list[str]], Outgoing]] = {
-    LoRA: lowrank.write,
-    BitFit: lowrank.write_biases,
-    AdaLoRA: vectors.write_adalora,
-    VeRA: vectors.write_vera,
-    IA3: vectors.write_ia3,
-    PrefixTuning: prompts.write_prefix,
-    PromptTuning: prompts.write_prompt,
-    PTuning: prompts.write_ptuning,
+    LoRA: write_lora,
+    BitFit: write_biases,
+    AdaLoRA: write_adalora,
+    VeRA: write_vera,
+    IA3: write_ia3,
+    PrefixTuning: write_prefix,
+    PromptTuning: write_prompt,
+    PTuning: write_ptuning,
 }
 _READERS: dict[str, Callable[[Folder, nn.Module], Incoming]] = {
-    "LORA": lowrank.read,
-    "ADALORA": vectors.read_adalora,
-    "VERA": vectors.read_vera,
-    "IA3": vectors.read_ia3,
-    "PREFIX_TUNING": prompts.read_prefix,
-    "PROMPT_TUNING": prompts.read_prompt,
-    "P_TUNING": prompts.read_prompt,
+    "LORA": read_lora,
+    "ADALORA": read_adalora,
+    "VERA": read_vera,
+    "IA3": read_ia3,
+    "PREFIX_TUNING": read_prefix,
+    "PROMPT_TUNING": read_prompt,
+    "P_TUNING": read_prompt,
 }
 
 

@@ -16,7 +16,7 @@ from lightning_peft.formats.naming import ends_anyhow, exact, expression, module
 from lightning_peft.lowrank import LowRankConv1D, LowRankLinear
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.ia3 import IA3, IA3Attention, IA3Input
-from lightning_peft.methods.vera import VeRA, VeRAFactors
+from lightning_peft.methods.vera import VeRA
 
 _ADALORA = CHOOSING | {
     *("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
@@ -98,7 +98,7 @@ def write_vera(root: nn.Module, method: VeRA, names: list[str]) -> Outgoing:
     """The vectors of each layer, and the shared matrices once."""
     tensors: dict[str, Tensor] = {}
     for name in names:
-        delta: VeRAFactors = root.get_submodule(name).delta
+        delta: Any = root.get_submodule(name).delta
         tensors |= {f"{TUNER}{name}.vera_lambda_d": delta.vera_d, f"{TUNER}{name}.vera_lambda_b": delta.vera_b}
         tensors |= {"base_model.vera_A": delta.shared.vera_A, "base_model.vera_B": delta.shared.vera_B}
     fields = {

@@ -118,7 +118,7 @@ def test_inspect(source, width, run, monkeypatch, capsys):
     for part in ("LoRA", "r=2", "13 modules", "classifier (new)", f"{count:,} parameters", "BertForSequence", "torch"):
         assert part in out, part
     assert ("step 2, epoch 0; can be resumed" in out) == (source == "best.ckpt")
-    assert "bert.encoder.layer.*.attention.self.query.delta.lora_A (2, 32) float32" in " ".join(out.split())
+    assert "bert.encoder.layer.*.attention.self.query.delta.lora_A 2×32 float32" in " ".join(out.split())
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
