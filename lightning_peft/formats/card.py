@@ -52,7 +52,7 @@ def card(
     >>> from lightning_peft import LoRA, inject
     >>> net = nn.Sequential(nn.Linear(4, 4))
     >>> inject(net, LoRA(r=2))
-    >>> print(card(net, library="peft", metrics={"val_accuracy": 0.5}).splitlines()[6])
+    >>> print(card(net, library="peft", metrics={"val_accuracy": 0.5}).splitlines()[7])
     # LoRA adapter for Sequential
     """
     injection, _, root = require(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,13 +29,17 @@ _TASKS = {
 
 
 def task_of(root: nn.Module) -> str | None:
-    """What peft calls the task of a transformers model, by its class; a model without a head has none.
+    """What peft calls the task of a transformers model, by its class; None for models without a head or without text.
 
-    >>> task_of(type("BertForTokenClassification", (nn.Module,), {})())
+    >>> import transformers
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> task_of(transformers.BertForTokenClassification(transformers.BertConfig(**sizes)))
     'TOKEN_CLS'
     """
     name = type(root).__name__
     task = next((t for ending, t in _TASKS.items() if name.endswith(ending)), None)
+    if task and "input_ids" not in inspect.signature(type(root).forward).parameters:
+        return None  # speech: peft's classes for tasks pass token ids on
     encoder_decoder = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     return None if task == "SEQ_2_SEQ_LM" and not encoder_decoder else task
 

@@ -232,7 +232,8 @@ def test_words_and_foreign_bases(run, tmp_path, capsys):
     assert "PrefixTuning cannot be merged" in capsys.readouterr().err
     assert call("export", tmp_path / "prefix.safetensors", tmp_path / "o") == 2
     assert "positions='keep'" in capsys.readouterr().err
-    assert call("fit", "--ckpt_path", folder / "adapter") == 2
+    words = ["fit", "--config", "quickstart.yaml", "--trainer.logger", "false", "--ckpt_path", folder / "adapter"]
+    assert call(*words) == 2 and "is a folder; give a .ckpt in it" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

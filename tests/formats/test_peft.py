@@ -34,15 +34,17 @@ from lightning_peft import (
     PTuning,
     PTuningV2,
     VeRA,
+    disabled,
     export_peft,
     import_peft,
     inject,
+    merge,
     merge_and_unload,
     unload,
 )
 from lightning_peft.trainable import find
 from tests.contract.battery import shake, train
-from tests.models import MODELS, batch
+from tests.models import MODELS, Foreign, batch
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 GOLDEN = Path(__file__).parents[1] / "golden/peft_dirs"
@@ -235,6 +237,42 @@ def test_names_that_end_like_others(tmp_path):
     assert find(again)[0].targets == [["0", "10"]]
     export_peft(again, tmp_path / "b")
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+
+
+def test_lightning_modules_merged_or_not(tmp_path):
+    """The network inside counts; a merged model gives the same folder."""
+    module = Foreign("bert")
+    inject(module, LoRA(r=2, bias="lora_only", modules_to_save="classifier"))
+    shake(module)
+    expected = output(module.net, "bert")
+    export_peft(module, tmp_path / "a")
+    merge(module)
+    export_peft(module, tmp_path / "b")
+    again = Foreign("bert")
+    import_peft(again, tmp_path / "a")
+    assert torch.equal(output(again.net, "bert"), expected)
+    export_peft(again, tmp_path / "c")
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b") == folder_bytes(tmp_path / "c")
+    with disabled(again), pytest.raises(PEFTError, match="export inside `with disabled"):
+        export_peft(again, tmp_path / "d")
+
+
+def test_statistics_that_moved_travel(tmp_path):
+    """Buffers of modules trained in full, and of others that were left in train mode."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+
+    net, x = build(), torch.randn(8, 4)
+    inject(net, LoRA(r=2, modules_to_save="3"))
+    net.train()(x)
+    net.eval()
+    export_peft(net, tmp_path)
+    theirs, again = reread(build(), tmp_path), build()
+    import_peft(again, tmp_path)
+    for model in (theirs, again):
+        torch.testing.assert_close(model(x), net(x), atol=1e-6, rtol=1e-6)
 
 
 # ---- folders that peft wrote ---------------------------------------------------------------------------------------
