@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_peft.errors import CheckpointError, PEFTError
-
-SECTION = "lightning_peft"
-#: the adapter in a folder of ours
-ADAPTER = "adapter.safetensors"
-
-
-def locate(path: str | os.PathLike) -> Path:
-    """A path as given, or a file inside an installed package: ``pkg://PACKAGE/SUB/PATH`` (found, not imported)."""
-    text = os.fspath(path)
-    if not text.startswith("pkg://"):
-        return Path(text).expanduser()
-    package, _, rest = text.removeprefix("pkg://").partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise PEFTError(f"{text}: no package {package!r} is installed here. Try: pip install {package}")
-    return Path(next(iter(spec.submodule_search_locations)), rest)
+from lightning_peft.errors import CheckpointError
+from lightning_peft.paths import ADAPTER as ADAPTER
+from lightning_peft.paths import SECTION as SECTION
+from lightning_peft.paths import locate as locate
 
 
 def near(path: str | os.PathLike) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NoReturn
 
 from lightning_peft.errors import PEFTError
@@ -19,14 +17,3 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """As the other commands: one line, status 2."""
         raise PEFTError(f"{self.prog.split()[-1]}: {message}. See lightning-peft {self.prog.split()[-1]} --help.")
-
-
-def place_of(text: str) -> Path:
-    """As `files.locate`, without torch."""
-    if not text.startswith("pkg://"):
-        return Path(text).expanduser()
-    package, _, rest = text.removeprefix("pkg://").partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise PEFTError(f"{text}: no package {package!r} is installed here. Try: pip install {package}")
-    return Path(next(iter(spec.submodule_search_locations)), rest)

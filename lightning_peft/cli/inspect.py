@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.arguments import Parser, place_of
+from lightning_peft.cli.arguments import Parser
 from lightning_peft.cli.peek import Peek, Stored, peek
 from lightning_peft.errors import CheckpointError
+from lightning_peft.paths import locate, size
 
 _LABEL = 10
 #: fields told elsewhere, or without meaning once it is trained
@@ -26,7 +27,7 @@ def main(words: Sequence[str]) -> None:
     """Print what the file says of itself; nothing in it is run, and no tensor is read."""
     parser = Parser("inspect", "Say what a checkpoint, an adapter file or an adapter folder holds.")
     parser.add_argument("CKPT", help=".ckpt, adapter.safetensors, or a folder with an adapter (of peft's, too)")
-    path = place_of(parser.parse_args(words).CKPT)
+    path = locate(parser.parse_args(words).CKPT)
     found = peek(path)
     try:
         rows = _peft_rows(found) if found.section is None else _rows(found, found.section)
@@ -60,7 +61,7 @@ def _rows(found: Peek, info: dict[str, Any]) -> list[tuple[str, list[str]]]:
     if "global_step" in found.facts:
         resume = "can be resumed" if found.facts["optimizer"] else "weights only"
         rows.append(("run", [f"step {found.facts['global_step']:,}, epoch {found.facts.get('epoch')}; {resume}"]))
-    rows.append(_tensors(found.tensors))
+    rows.append(_tensors(found.tensors, info["network"]))
     return rows
 
 
@@ -73,24 +74,39 @@ def _peft_rows(found: Peek) -> list[tuple[str, list[str]]]:
     if config.get("modules_to_save"):
         rows.append(("in full", sorted(set(config["modules_to_save"]))))
     rows.append(("base", [str(config.get("base_model_name_or_path") or "unknown"), f"task {config.get('task_type')}"]))
-    return [*rows, _tensors(found.tensors)]
+    return [*rows, _tensors(found.tensors, "base_model.model.")]
 
 
-def _tensors(tensors: dict[str, Stored]) -> tuple[str, list[str]]:
+def _tensors(tensors: dict[str, Stored], network: str = "") -> tuple[str, list[str]]:
     """A line for each kind of tensor, layer numbers folded."""
-    kinds = Counter((_star(n), t.shape, t.dtype) for n, t in tensors.items())
-    total = sum(t.bytes for t in tensors.values())
-    lines = [f"{len(tensors)} with {sum(t.numel for t in tensors.values()):,} numbers, {size(total)}"]
-    lines += [f"{n:>4} × {name}  {_shape(shape)} {dtype}" for (name, shape, dtype), n in kinds.items()]
+    kinds = Counter((_star(n.removeprefix(network)), t.shape, t.dtype) for n, t in tensors.items())
+    total, dtypes = sum(t.bytes for t in tensors.values()), sorted({t.dtype for t in tensors.values()})
+    lines = [
+        f"{len(tensors)} of {' and '.join(dtypes)}, {sum(t.numel for t in tensors.values()):,} numbers, {size(total)}"
+    ]
+    for (name, shape, dtype), n in kinds.items():
+        what = _shape(shape) + (f" {dtype}" if len(dtypes) > 1 else "")
+        lines.append(_fitting(f"{n:>4} × {what:<10} ", name))
     return "tensors", lines
 
 
 def _fields(config: dict[str, Any], without: Iterable[str]) -> str:
-    return ", ".join(f"{k}={v!r}" for k, v in config.items() if k not in without and v is not None)
+    given = {k: v for k, v in config.items() if k not in without and v is not None and v != {}}
+    return ", ".join(f"{k}={v!r}" for k, v in given.items())
 
 
 def _folded(names: Iterable[str]) -> list[str]:
-    return [f"{count:>4} × {name}" for name, count in Counter(_star(n) for n in names).items()]
+    return [_fitting(f"{count:>4} × ", name) for name, count in Counter(_star(n) for n in names).items()]
+
+
+def _fitting(start: str, name: str) -> str:
+    """A line with the end of the name, which says more than its beginning, where there is no room for all of it."""
+    room = _width() - _LABEL - len(start)
+    return start + (name if len(name) <= room else "…" + name[1 - room :])
+
+
+def _width() -> int:
+    return max(60, shutil.get_terminal_size().columns - 1)
 
 
 def _star(name: str) -> str:
@@ -98,28 +114,15 @@ def _star(name: str) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
+    return f"({'×'.join(map(str, shape))})"
 
 
 def _size_of(path: Path) -> str:
     return f" ({size(path.stat().st_size)})" if path.is_file() else ""
 
 
-def size(count: float) -> str:
-    """Bytes for people, as in `summary.size`, which needs torch.
-
-    >>> size(999), size(91_000_000)
-    ('999 B', '91.0 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 def _print(label: str, texts: Sequence[str]) -> None:
-    width = max(40, shutil.get_terminal_size().columns - 1)
+    width = _width()
     for i, text in enumerate(t for t in texts if t):
         first = f"{label if i == 0 else '':<{_LABEL}}"
         options: dict[str, Any] = {"initial_indent": first, "subsequent_indent": " " * (_LABEL + 2)}

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_peft.errors import CheckpointError
+from lightning_peft.paths import ADAPTER, SECTION
 
-SECTION = "lightning_peft"
 _LONGEST = 100_000_000  # bytes of a safetensors header, as the format allows
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -67,9 +67,9 @@ def peek(place: Path) -> Peek:
     if place.is_dir():
         if (place / "adapter_config.json").is_file():
             return _peft(place)
-        if not (place / "adapter.safetensors").is_file():
-            raise CheckpointError(f"{place} is a folder without an adapter.safetensors or adapter_config.json.")
-        place = place / "adapter.safetensors"
+        if not (place / ADAPTER).is_file():
+            raise CheckpointError(f"{place} is a folder without an {ADAPTER} or adapter_config.json.")
+        place = place / ADAPTER
     try:
         found = _checkpoint(place) if zipfile.is_zipfile(place) else _safetensors(place)
     except CheckpointError:
