@@ -29,6 +29,7 @@ _HOME = {
     "lightning_peft.summary": ("summarize", "describe"),
     "lightning_peft.combining": ("combine",),
     "lightning_peft.export": ("save_merged",),
+    "lightning_peft.formats.peft": ("export_peft", "import_peft"),
     "lightning_peft.callbacks": (
         "PEFT",
         "MergeOnFitEnd",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from lightning_peft.export import save_merged
+    from lightning_peft.formats.peft import export_peft, import_peft
     from lightning_peft.injection import inject, unload
     from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method

@@ -59,7 +59,7 @@ def section(model: nn.Module) -> dict[str, Any]:
     """The description that travels with the tensors (primitives only)."""
     from lightning_peft import __version__
 
-    injection, prefix, _ = require(model)
+    injection, prefix, root = require(model)
     return {
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
@@ -74,8 +74,17 @@ def section(model: nn.Module) -> dict[str, Any]:
         "keys": adapter_names(model),
         "trainable": trainable_names(model),
         "base": dict(injection.base),
+        "labels": label_names(root),
         "save": "trainable",
     }
+
+
+def label_names(root: nn.Module) -> list[str] | None:
+    """Names of the classes in a transformers configuration, in order; None where they are only numbered."""
+    names = getattr(getattr(root, "config", None), "id2label", None)
+    if not isinstance(names, Mapping) or all(str(n).startswith("LABEL_") for n in names.values()):
+        return None
+    return [str(names[i]) for i in sorted(names)]
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
@@ -100,7 +109,8 @@ def load_adapter(model: nn.Module, path: Source) -> None:
 
     Args:
         model: a LightningModule or the network inside it.
-        path: a safetensors file, a Lightning checkpoint, or a state dict as `adapter_state_dict` gives it.
+        path: a safetensors file, a folder with one, a Lightning checkpoint, or a state dict as `adapter_state_dict`
+            gives it.
 
     Raises:
         CheckpointError: another base, method, rank or set of tensors, a plain checkpoint, a broken or newer file.

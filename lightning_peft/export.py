@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,16 @@ from safetensors.torch import save_model
 from torch import nn
 
 from lightning_peft.checkpoint import adapter_state_dict, load_adapter, section
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import MergeError, PEFTError
 from lightning_peft.files import SECTION
 from lightning_peft.merging import merge_and_unload, obstacle
+from lightning_peft.quantized import bits
 from lightning_peft.trainable import MARK, require
+
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
+    *("sentencepiece*.model", "chat_template.*", "preprocessor_config.json", "processor_config.json"),
+)
 
 
 def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any = None) -> None:
@@ -30,10 +36,12 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     Args:
         model: an adapted LightningModule or network.
         directory: folder, made if it does not exist; files of an earlier export are replaced.
-        tokenizer: tokenizer or processor to write beside a transformers model.
+        tokenizer: tokenizer or processor to write beside a transformers model; without one, that of the folder or the
+            local cache the base was loaded from.
 
     Raises:
         MergeError: the method does not merge, or the float base of a quantised model cannot be found.
+        PEFTError: ``directory`` is a file.
 
     >>> import os, tempfile
     >>> from torch import nn
@@ -43,16 +51,18 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     ['model.safetensors']
     """
     _, _, root = require(model)
+    target = Path(directory).expanduser()
+    if target.is_file():
+        raise PEFTError(f"save_merged: {target} is a file; give a folder.")
     merged = plain_copy(root)
-    target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
         if hasattr(merged, "save_pretrained"):
+            _forget_packing(merged)
             with _no_bar():
                 merged.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+            _add_tokenizer(temporary, tokenizer, str(getattr(merged.config, "_name_or_path", "") or ""))
         else:
             save_model(merged, str(temporary / "model.safetensors"))
         target.mkdir(exist_ok=True)
@@ -60,6 +70,33 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _forget_packing(merged: Any) -> None:
+    """A model of floats that came out of a packed file (GGUF) still calls itself quantised, and would not be saved."""
+    if any(bits(p) is not None for p in merged.parameters()):
+        return
+    for owner in (merged, merged.config):
+        for name in ("hf_quantizer", "quantization_method", "quantization_config"):
+            owner.__dict__.pop(name, None)
+
+
+def _add_tokenizer(folder: Path, tokenizer: Any, source: str) -> None:
+    """Write the tokenizer, or copy what lies beside the base; nothing is downloaded."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return
+    place = Path(source)
+    if place.is_dir():
+        files = [p for p in place.iterdir() if any(p.match(pattern) for pattern in _TOKENIZER_FILES)]
+        for file in files:
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+    elif source:
+        from transformers import AutoTokenizer
+
+        with suppress(OSError, ValueError, KeyError, ImportError):
+            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 
 
 @contextmanager

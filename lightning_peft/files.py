@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_peft.errors import CheckpointError, PEFTError
-
-SECTION = "lightning_peft"
-
-
-def locate(path: str | os.PathLike) -> Path:
-    """A path as given, or a file inside an installed package: ``pkg://PACKAGE/SUB/PATH`` (found, not imported)."""
-    text = os.fspath(path)
-    if not text.startswith("pkg://"):
-        return Path(text).expanduser()
-    package, _, rest = text.removeprefix("pkg://").partition("/")
-    spec = find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise PEFTError(f"{text}: no package {package!r} is installed here. Try: pip install {package}")
-    return Path(next(iter(spec.submodule_search_locations)), rest)
+from lightning_peft.errors import CheckpointError
+from lightning_peft.paths import ADAPTER as ADAPTER
+from lightning_peft.paths import SECTION as SECTION
+from lightning_peft.paths import locate as locate
 
 
 def near(path: str | os.PathLike) -> str:
@@ -63,7 +51,7 @@ def write_adapter(path: Path, state: Mapping[str, Tensor], info: Mapping[str, An
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and section of an adapter file or a Lightning checkpoint.
+    """Tensors and section of an adapter file, a folder with one (``adapter.safetensors``), or a Lightning checkpoint.
 
     Raises:
         CheckpointError: missing, broken, unsafe, or not written by us.
@@ -73,8 +61,17 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         near = sorted(p.name for p in place.parent.glob("*") if p.suffix in (".ckpt", ".safetensors"))[:5]
         raise CheckpointError(f"{place} does not exist." + (f" There is: {', '.join(near)}." if near else ""))
     if place.is_dir():
-        raise CheckpointError(f"{place} is a folder; give the file in it (adapter.safetensors or a .ckpt).")
+        place = _inside(place)
     return split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
+
+
+def _inside(folder: Path) -> Path:
+    """The adapter in a folder of ours."""
+    if (folder / ADAPTER).is_file():
+        return folder / ADAPTER
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} was written by peft: import_peft(model, folder) reads it.")
+    raise CheckpointError(f"{folder} is a folder without {ADAPTER}; give the file in it (.safetensors or .ckpt).")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

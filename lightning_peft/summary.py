@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.fingerprint import logical_shape
+from lightning_peft.paths import size as size
 from lightning_peft.trainable import require
 
 
@@ -80,19 +81,6 @@ def describe(model: nn.Module) -> str:
         more = f" and {len(s['frozen']) - 6} more" if len(s["frozen"]) > 6 else ""
         lines.append(f"  frozen: {', '.join(shown)}{more}")
     return "\n".join(lines)
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000 as disks and hubs count.
-
-    >>> size(999), size(91_000_000)
-    ('999 B', '91.0 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _rows(trainable: dict[str, nn.Parameter]) -> list[dict[str, Any]]:

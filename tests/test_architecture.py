@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
-    ["quantized"],
+    ["quantized", "paths"],
     ["adapted"],
     ["match", "bottleneck.sites"],
     ["heads"],
@@ -38,6 +38,11 @@ LAYERS = [
     ["checkpoint"],
     ["merging"],
     ["summary", "combining"],
+    ["formats.naming", "formats.folder"],
+    ["formats.card", "formats.lowrank"],
+    ["formats.prompts", "formats.vectors"],
+    ["formats.peft"],
+    ["formats"],
     ["export"],
     ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
     ["callbacks.peft"],
@@ -64,7 +69,9 @@ LAYERS = [
     ["compare.training"],
     ["compare.comparison"],
     ["compare.table", "compare.plots"],
-    ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
+    ["cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek"],
+    ["cli.base", "cli.inspect"],
+    ["cli.export", "cli.merge"],
     ["cli.run"],
     ["cli.compare"],
     ["cli"],
@@ -127,7 +134,8 @@ def test_heavy_libraries_only_where_used(name):
 
 def test_core_loads_neither_lightning_nor_transformers():
     core = (
-        "inject, unload, merge, unmerge, merge_and_unload, disabled, save_adapter, load_adapter, summarize, save_merged"
+        "inject, unload, merge, unmerge, merge_and_unload, disabled, save_adapter, load_adapter, summarize,"
+        " save_merged, export_peft, import_peft"
     )
     code = (
         "import sys, torch; from torch import nn\n"

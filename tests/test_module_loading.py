@@ -16,10 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_peft import PEFT, LoRA, TaskModule, trainable_names
+from lightning_peft import PEFT, LoRA, TaskModule, inject, save_adapter, trainable_names
+from lightning_peft.cli import main
 from lightning_peft.errors import ConfigError
 from lightning_peft.task.kinds import find_task
 from lightning_peft.task.loading import load
+from tests.contract.battery import shake
 from tests.models import trainer
 from tests.task_cases import BERT, CASES, LLAMA, NAMES, Data, tokenizer
 
@@ -147,6 +149,13 @@ def test_gguf(tmp_path):
     module.configure_model()
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(module.model(ids).logits, model(ids).logits)
+    inject(module, LoRA(r=2))  # and merged it is an ordinary folder, found from the adapter file alone
+    shake(module)
+    save_adapter(module, tmp_path / "adapter.safetensors")
+    assert main(["merge", str(tmp_path / "adapter.safetensors"), str(tmp_path / "merged")]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, module.model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert "quantization_config" not in (tmp_path / "merged/config.json").read_text()
 
 
 def test_the_padding_token_is_remembered(tmp_path):

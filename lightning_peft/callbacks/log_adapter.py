@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_peft.callbacks.best import best_adapter
-from lightning_peft.files import write_adapter
+from lightning_peft.files import ADAPTER, replacing, write_adapter
+from lightning_peft.formats.card import card
 from lightning_peft.summary import summarize
 
 
 class LogAdapter(L.Callback):
     """Log method, counts, targets and the base's fingerprint into every logger's config, and the adapter to W&B.
 
-    The counts are those of `summarize`, under the key ``peft``. The W&B artifact (type ``adapter``) holds the best
-    adapter of the run, or the last one when no checkpoint monitors a metric.
+    The counts are those of `summarize`, under the key ``peft``. The W&B artifact (type ``adapter``) is a folder with
+    the best adapter of the run, or the last one when no checkpoint monitors a metric, and a model card;
+    `load_adapter`, ``PEFT(init_from=…)`` and ``lightning-peft export`` take it as they take a checkpoint.
 
     >>> from lightning_peft import LogAdapter, LoRA, PEFT
     >>> callbacks = [PEFT(LoRA()), LogAdapter()]
@@ -51,11 +54,30 @@ def record(pl_module: L.LightningModule) -> dict[str, Any]:
 def _log_artifact(logger: WandbLogger, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     import wandb
 
-    state, info, monitored = best_adapter(trainer, pl_module)
     run = logger.experiment
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "adapter.safetensors")
-        write_adapter(file, state, info)
+        monitored = write_folder(Path(folder), trainer, pl_module)
         artifact = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=record(pl_module))
-        artifact.add_file(str(file))
+        artifact.add_dir(folder)
         run.log_artifact(artifact, aliases=["latest", "best" if monitored else "last"])
+
+
+def write_folder(folder: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+    """The adapter and its card. Returns whether it comes from a checkpoint that monitors a metric."""
+    state, info, monitored = best_adapter(trainer, pl_module)
+    write_adapter(folder / ADAPTER, state, info)
+    data = getattr(getattr(trainer.datamodule, "hparams", None), "data", None)
+    text = card(
+        pl_module, library="lightning_peft", data=None if data is None else str(data), metrics=_metrics(trainer)
+    )
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(text)
+    return monitored
+
+
+def _metrics(trainer: L.Trainer) -> dict[str, float]:
+    """What the best checkpoint was chosen by; without one, the last values of the run."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
+            return {callback.monitor: float(callback.best_model_score)}
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

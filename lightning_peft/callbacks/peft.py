@@ -41,7 +41,7 @@ class PEFT(L.Callback):
 
     Args:
         method: one method or a list. May be left out when ``init_from`` is given, or when the module injects itself.
-        init_from: an adapter file or checkpoint to start from: its values, a fresh optimizer.
+        init_from: an adapter file, adapter folder or checkpoint to start from: its values, a fresh optimizer.
         save: ``trainable``, or ``full`` to keep the frozen weights in the checkpoints as well.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lightning_peft.errors import PEFTError
 
@@ -15,6 +16,9 @@ USAGE = """usage: lightning-peft COMMAND [options]
   predict   write predictions
   compare   many methods on one task: table and plots (lightning-peft compare --config task/bbc_topics.yaml)
   methods   list the methods with their parameters, learning rates and papers
+  inspect   say what a checkpoint or adapter holds: lightning-peft inspect CKPT
+  export    write it for peft: lightning-peft export CKPT DIR [--base PATH]
+  merge     merge it into its base, for from_pretrained: lightning-peft merge CKPT DIR [--base PATH]
 
 Options of a command: lightning-peft fit --help. A method's options: lightning-peft fit --peft.help LoRA.
 Without --config, validate, test and predict read the config that fit saved beside --ckpt_path."""
@@ -36,7 +40,21 @@ def main(args: Sequence[str] | None = None) -> int:
 
         show()
         return 0
+    if words[0] in ("inspect", "export", "merge"):
+        return _files(words)
     return _train(words)
+
+
+def _files(words: list[str]) -> int:
+    """A command about saved adapters; none of them needs a Trainer."""
+    try:
+        import_module(f"lightning_peft.cli.{words[0]}").main(words[1:])
+    except PEFTError as error:
+        print(f"lightning-peft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # --help
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
 
 
 def _train(words: list[str]) -> int:

@@ -20,7 +20,7 @@ from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
 from lightning_peft.errors import PEFTError
-from lightning_peft.files import read
+from lightning_peft.files import locate, read
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
 
@@ -84,6 +84,11 @@ class PEFTCLI(LightningCLI):
         """Look at a checkpoint before data and model are loaded; keep W&B quiet."""
         path = self._get(self.config, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
+            if locate(path).is_dir():
+                raise PEFTError(
+                    f"--ckpt_path {path} is a folder; give a .ckpt in it. PEFT(init_from=…) starts a new fit from an"
+                    " adapter folder."
+                )
             read(path)
         if "WandbLogger" in str(self._get(self.config, "trainer").get("logger")):
             silence_wandb()

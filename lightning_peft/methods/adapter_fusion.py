@@ -72,8 +72,8 @@ class AdapterFusion(AdapterMethod):
     that were trained with the adapters are left behind; the new task brings its own.
 
     Args:
-        adapters: name -> file written by `save_adapter`, or checkpoint, of one bottleneck method with equal settings
-            and places.
+        adapters: name -> file written by `save_adapter`, folder with one, or checkpoint, of one bottleneck method with
+            equal settings and places.
         regularization: weight of the penalty that keeps the value matrices near the identity.
         modules_to_save: further modules, trained and saved in full (heads).
         init_seed: seed of the start values.

@@ -140,11 +140,14 @@ class LoRA(Method):
         """Rank of the layer called ``name``."""
         return next((r for p, r in self.rank_pattern.items() if matcher(p)(name)), self.r)
 
+    def numerator(self, name: str) -> float:
+        """alpha of the layer called ``name``."""
+        return next((a for p, a in self.alpha_pattern.items() if matcher(p)(name)), self.alpha)
+
     def scaling(self, name: str) -> float:
         """Factor in front of B·A for the layer called ``name``."""
-        alpha = next((a for p, a in self.alpha_pattern.items() if matcher(p)(name)), self.alpha)
         r = self.rank(name)
-        return alpha / (r**0.5 if self.use_rslora else r)
+        return self.numerator(name) / (r**0.5 if self.use_rslora else r)
 
     def wrap(self, module: nn.Module, name: str) -> Adapted:
         """Wrap one layer; the factors are drawn from a generator seeded by ``init_seed`` and ``name``."""

@@ -154,6 +154,7 @@ class Placeholders(VirtualTokens):
         self.placeholder = placeholder
         self.hooked = False
         self.met = False  # placeholders were looked up ahead of the backbone (models of several modalities)
+        self.used = False  # placeholders were seen at all, which an export must know
 
     def fill(self, ids: Tensor) -> Tensor:
         """Embeddings of ids with placeholders."""
@@ -178,6 +179,7 @@ class Placeholders(VirtualTokens):
                 f"Row {wrong[0]} of the batch has {int(counts[wrong[0]])} placeholders (id {self.placeholder}), but"
                 f" PTuning(num_virtual_tokens={self.n}) needs {self.n} in every row, or none in the whole batch."
             )
+        self.used = True
         return True
 
     def wanted(self, states: Tensor) -> bool:

@@ -45,7 +45,7 @@ def load(
         return _random(auto, source, task, labels, options), []
     place, extra = resolve(source)
     options = {**extra, **options, **label_options(task, labels)}
-    with _quiet(local=Path(place).exists()), _explained(source, options):
+    with quiet(local=Path(place).exists()), explained(source, options):
         network, report = auto.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     return network.eval(), _describe(network, report, source, task, labels)
 
@@ -105,7 +105,7 @@ def _random(auto: Any, fields: Mapping[str, Any], task: Task, labels: Any, optio
     kind = fields.pop("model_type", None)
     if kind is None:
         raise ConfigError(f"model={fields!r} describes a configuration without model_type; add for example 'vit'.")
-    with _quiet(local=True), _explained(kind, options), torch.random.fork_rng(devices=[]):
+    with quiet(local=True), explained(kind, options), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         config = transformers.AutoConfig.for_model(kind, **fields, **label_options(task, labels))
         network = auto.from_config(config, **options)
@@ -159,7 +159,7 @@ def _under(name: str, modules: set[str]) -> bool:
 
 
 @contextmanager
-def _quiet(*, local: bool) -> Iterator[None]:
+def quiet(*, local: bool) -> Iterator[None]:
     """Silence the load report (we say the same in a line) and the bar, but not that of a download."""
     from transformers.utils import logging
 
@@ -176,7 +176,8 @@ def _quiet(*, local: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(source: str, options: Mapping[str, Any]) -> Iterator[None]:
+def explained(source: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn what goes wrong in ``from_pretrained`` into one error that says what was asked for."""
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, KeyError, NotImplementedError) as error:

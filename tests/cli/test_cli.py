@@ -98,6 +98,7 @@ def test_tracked_in_wandb(quickstart):
     ((name, kind, aliases, files),) = run["artifacts"]
     assert name.startswith("adapter-") and kind == "adapter" and set(aliases) == {"latest", "best"}
     assert files["adapter.safetensors"] == (folder / "runs/quickstart/adapter.safetensors").stat().st_size
+    assert set(files) == {"adapter.safetensors", "README.md"}
 
 
 def test_printed_config_reads_back(tmp_path, monkeypatch, capsys):

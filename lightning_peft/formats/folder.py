@@ -1,0 +1,123 @@
+"""Folders as peft writes them: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_peft.errors import CheckpointError, PEFTError
+from lightning_peft.files import load_checkpoint, locate, replacing
+from lightning_peft.method import Method
+
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+TUNER, PROMPT = "base_model.model.", "base_model."
+
+#: fields of a configuration that say who, where and for what: they do not change the result
+COMMON = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
+    *("revision", "modules_to_save", "runtime_config"),
+}
+#: the same for methods that choose modules: the tensors' names say which were chosen
+CHOOSING = COMMON | {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+}
+#: fields of LoRA's that do nothing by themselves
+HARMLESS = {"qalora_group_size": ..., "megatron_core": ..., "ensure_weight_tying": ...}
+
+
+class Outgoing(NamedTuple):
+    """What a method gives to peft: fields of the configuration, tensors by their whole key."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    prefix: str = TUNER  # before the names of base tensors
+
+
+class Incoming(NamedTuple):
+    """What a folder becomes here: a method, the modules it stands at, its tensors by our names."""
+
+    method: Method
+    targets: dict[str, nn.Module]
+    tensors: dict[str, Tensor]
+    known: set[str]  # keys of the file that are dealt with
+
+
+class Folder(NamedTuple):
+    """A folder that peft wrote."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """``peft_type``."""
+        return str(self.config["peft_type"])
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of base tensors."""
+        return PROMPT if self.kind in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING") else TUNER
+
+    def refuse(self, reason: str) -> CheckpointError:
+        """The error for what cannot be imported."""
+        return CheckpointError(f"{self.path}: {reason}")
+
+    def neutral(self, known: Mapping[str, Any] | set[str], harmless: Mapping[str, Any]) -> None:
+        """Refuse fields that change the result and that nothing here stands for."""
+        for field, value in self.config.items():
+            empty = value in (None, False, "", "none") or value in ([], {})
+            if field in known or empty or (field in harmless and harmless[field] in (value, ...)):
+                continue
+            raise self.refuse(
+                f"{field}={value!r} of {self.kind} has no counterpart here. Merge it with peft (merge_and_unload) and"
+                " go on from the merged model."
+            )
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether a path is a folder that peft wrote."""
+    return (locate(path) / CONFIG).is_file()
+
+
+def read_folder(path: str | os.PathLike) -> Folder:
+    """Configuration and tensors; nothing is unpickled but tensors.
+
+    Raises:
+        CheckpointError: no such folder, or a broken file in it.
+    """
+    place = locate(path)
+    if not place.is_dir() or not (place / CONFIG).is_file():
+        what = "is no folder" if not place.is_dir() else f"holds no {CONFIG}"
+        ours = " load_adapter reads files of ours." if place.exists() else ""
+        raise CheckpointError(f"{place} {what}: import_peft reads folders written by peft.{ours}")
+    try:
+        config = json.loads((place / CONFIG).read_text())
+        kind = config["peft_type"]
+        tensors = load_file(place / WEIGHTS) if (place / WEIGHTS).is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {error}") from None
+    if tensors is None:
+        if not (place / OLD_WEIGHTS).is_file():
+            raise CheckpointError(f"{place} holds no {WEIGHTS}; the adapter's tensors are missing.")
+        tensors = dict(load_checkpoint(place / OLD_WEIGHTS))
+    return Folder(place, dict(config) | {"peft_type": str(kind).rpartition(".")[2]}, tensors)
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
+    """Three files, each complete under its name or absent; the same content gives the same bytes."""
+    if folder.is_file():
+        raise PEFTError(f"{folder} is a file; give a folder.")
+    held = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(held, temporary, metadata={"format": "pt"})
+    for name, text in ((CONFIG, json.dumps(config, indent=2, sort_keys=True)), ("README.md", card)):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text)

@@ -1,0 +1,39 @@
+"""Where adapters lie, and what is called what there; needs no torch, so that the quick commands stay quick."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning_peft.errors import PEFTError
+
+#: the description's name, in a checkpoint and in the header of an adapter file
+SECTION = "lightning_peft"
+#: the adapter in a folder of ours
+ADAPTER = "adapter.safetensors"
+
+
+def locate(path: str | os.PathLike) -> Path:
+    """A path as given, or a file inside an installed package: ``pkg://PACKAGE/SUB/PATH`` (found, not imported)."""
+    text = os.fspath(path)
+    if not text.startswith("pkg://"):
+        return Path(text).expanduser()
+    package, _, rest = text.removeprefix("pkg://").partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise PEFTError(f"{text}: no package {package!r} is installed here. Try: pip install {package}")
+    return Path(next(iter(spec.submodule_search_locations)), rest)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000 as disks and hubs count.
+
+    >>> size(999), size(91_000_000)
+    ('999 B', '91.0 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
