@@ -16,6 +16,7 @@ _HOME = {
         "CheckpointError",
         "MergeError",
         "TrainingError",
+        "WriteError",
     ),
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         NoMatchError,
         PEFTError,
         TrainingError,
+        WriteError,
     )
     from lightning_peft.export import save_merged
     from lightning_peft.injection import inject, unload

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from lightning_peft.checkpoint import adapter_state_dict, load_adapter, section
 from lightning_peft.errors import MergeError
 from lightning_peft.files import SECTION
 from lightning_peft.merging import merge_and_unload, obstacle
+from lightning_peft.replacing import replacing_folder
 from lightning_peft.trainable import MARK, require
 
 
@@ -25,7 +24,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     """Write the merged network: a ``from_pretrained`` folder for a transformers model, else ``model.safetensors``.
 
     The model itself stays as it is. A base in few bits is loaded once more, in floats, from where it came: nothing is
-    rounded to few bits again. Everything is written to a temporary folder first, then moved into place.
+    rounded to few bits again. All is written to a temporary folder, then moved into place: half an export never shows.
 
     Args:
         model: an adapted LightningModule or network.
@@ -34,6 +33,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
 
     Raises:
         MergeError: the method does not merge, or the float base of a quantised model cannot be found.
+        WriteError: the disk is full or the folder cannot be written.
 
     >>> import os, tempfile
     >>> from torch import nn
@@ -44,10 +44,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     """
     _, _, root = require(model)
     merged = plain_copy(root)
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with replacing_folder(Path(directory)) as temporary:
         if hasattr(merged, "save_pretrained"):
             with _no_bar():
                 merged.save_pretrained(temporary)
@@ -55,11 +52,6 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
                 tokenizer.save_pretrained(temporary)
         else:
             save_model(merged, str(temporary / "model.safetensors"))
-        target.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, target / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

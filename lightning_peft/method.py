@@ -160,6 +160,11 @@ class Method(ABC):
         """The fields as plain values, ready for JSON and for ``weights_only`` checkpoints."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
+    @classmethod
+    def rebuilt(cls, config: Mapping[str, Any]) -> Method:
+        """The method that a saved `config` describes."""
+        return cls(**config)
+
     def generator(self, name: str) -> torch.Generator:
         """A seeded generator for the module called ``name``: the same for every set of targets and every rank."""
         seed = f"{getattr(self, 'init_seed', 0)}:{name}".encode()

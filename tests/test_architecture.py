@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
-    ["quantized"],
+    ["quantized", "replacing", "guards", "sections"],
     ["adapted"],
     ["match", "bottleneck.sites"],
     ["heads"],
@@ -39,7 +39,7 @@ LAYERS = [
     ["merging"],
     ["summary", "combining"],
     ["export"],
-    ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
+    ["callbacks.hooks", "callbacks.best", "callbacks.checks", "callbacks.checkpoint_io"],
     ["callbacks.peft"],
     [
         "callbacks.merge",

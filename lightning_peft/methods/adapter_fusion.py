@@ -138,6 +138,13 @@ class AdapterFusion(AdapterMethod):
         known = self.adapter is None and "_inner" in self.__dict__
         return super().config() | ({"adapter": _entry(self.inner)} if known else {})
 
+    @classmethod
+    def rebuilt(cls, config: Mapping[str, Any]) -> Method:
+        """From a file of a fusion, which describes the adapters itself: no other file is opened on its behalf."""
+        if config.get("adapter") is None:
+            raise ConfigError("it does not say what its adapters are.")
+        return cls(**config)
+
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The places of the adapters, in which the files must agree."""
         names: list[str] = []

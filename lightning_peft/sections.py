@@ -1,0 +1,75 @@
+"""The description inside a file of ours: what it must hold before anyone looks at its parts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.errors import CheckpointError
+
+SECTION = "lightning_peft"
+FORMAT_VERSION = 1
+_SHAPE = {
+    "network": str,
+    "methods": list,
+    "modules_to_save": list,
+    "new_modules": list,
+    "keys": list,
+    "trainable": list,
+    "base": dict,
+}
+_BASE = {"structure": str, "values": str, "sketch": str, "class": str, "dtype": str, "parameters": int}
+
+
+def verify_section(info: Mapping[str, Any], where: str) -> None:
+    """Refuse a section of a newer format, or one whose parts are missing or of another type."""
+    version = info.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} has format {version}, written by lightning_peft {info.get('library_version')}; this version"
+            f" reads up to format {FORMAT_VERSION}. Upgrade: pip install -U lightning-peft."
+        )
+    broken = [k for k, kind in _SHAPE.items() if not isinstance(info.get(k), kind)]
+    if isinstance(info.get("base"), dict):
+        broken += [f"base.{k}" for k, kind in _BASE.items() if not isinstance(info["base"].get(k), kind)]
+        broken += [] if re.fullmatch(r"(?:[0-9a-f]{4})*", str(info["base"].get("sketch"))) else ["base.sketch"]
+    for i, entry in enumerate(info["methods"] if isinstance(info.get("methods"), list) else []):
+        good = isinstance(entry, dict) and isinstance(entry.get("type"), str) and isinstance(entry.get("config"), dict)
+        if not good or not _names(entry.get("targets")):
+            broken.append(f"methods[{i}]")
+    broken += ["save"] if info.get("save", "trainable") not in ("trainable", "full") else []
+    lists = ("modules_to_save", "new_modules", "keys", "trainable")
+    broken += [k for k in lists if isinstance(info.get(k), list) and not _names(info[k])]
+    if not isinstance(version, int) or version < 1 or broken:
+        parts = ", ".join(broken) or f"format_version={version!r}"
+        raise CheckpointError(f"{where}: its {SECTION!r} section is damaged ({parts}).")
+
+
+def verify_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> None:
+    """Raise unless a file holds the tensors that its own section lists, and no others."""
+    missing, extra = set(info["keys"]) - set(state), set(state) - set(info["keys"])
+    if missing or (extra and info.get("save") != "full"):
+        raise CheckpointError(misfit(where, missing, extra))
+    odd = [n for n in info["keys"] if not isinstance(state[n], Tensor) or state[n].layout is not torch.strided]
+    if odd:
+        raise CheckpointError(f"{where}: {some(odd)} should be plain tensors and are {type(state[odd[0]]).__name__}.")
+
+
+def some(names: Collection[str], count: int = 4) -> str:
+    """The first few names."""
+    names = sorted(map(str, names))
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def misfit(where: str, missing: Collection[str], extra: Collection[str]) -> str:
+    """What a file lacks, and what it has that the model does not know."""
+    parts = [f"it lacks {some(missing)}" if missing else "", f"it has in excess {some(extra)}" if extra else ""]
+    return f"{where} does not fit the adapters in the model: {'; '.join(p for p in parts if p)}."
