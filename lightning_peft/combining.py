@@ -17,7 +17,8 @@ from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.files import SECTION, read, write_adapter
 from lightning_peft.fingerprint import difference
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.verify import method_from, verify_section
+from lightning_peft.sections import verify_keys, verify_section
+from lightning_peft.verify import method_from, verify_finite
 
 How = Literal["linear", "cat", "svd", "ties", "dare"]
 #: A and B of one matrix, (…, r, in) and (…, out, r), with everything in them: the correction is B·A
@@ -113,6 +114,8 @@ def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], Any]:
     else:
         state, info = read(source)
     verify_section(info, where)
+    verify_keys(state, info, where)
+    verify_finite({k: state[k] for k in info["keys"]}, where)
     if len(info["methods"]) != 1:
         raise CheckpointError(f"{where} holds {len(info['methods'])} methods; combine takes files with one.")
     method = method_from(info["methods"][0], where)
