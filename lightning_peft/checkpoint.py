@@ -29,6 +29,7 @@ from lightning_peft.verify import (
     FORMAT_VERSION,
     method_from,
     other_base,
+    short,
     some,
     source,
     verify,
@@ -159,7 +160,7 @@ def inject_from(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
         with bounded(4 * size + _ROOM):
             place(root, methods, targets, info["modules_to_save"], info["new_modules"])
     except Exception as error:  # a file may name sizes and modules that no method was written for
-        raise CheckpointError(f"{where}: its methods do not fit {type(root).__name__}: {error}") from error
+        raise CheckpointError(f"{where}: its methods do not fit {type(root).__name__}: {short(error)}") from error
     settle_outside(model)
     ours = require(model)[0].base
     reason = difference(ours, info["base"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.replacing import replacing
-from lightning_peft.sections import SECTION, verify_keys, verify_section
+from lightning_peft.sections import SECTION, verify_finite, verify_keys, verify_section
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -67,6 +67,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state, info = split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
     verify_section(info, str(path))
     verify_keys(state, info, str(path))
+    verify_finite({n: state[n] for n in info["trainable"] if n in state}, str(path))
     return state, info
 
 

@@ -46,8 +46,8 @@ class bounded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        made = not any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
-        if made and torch.device(kwargs.get("device") or "cpu").type != "meta":
+        device = torch.device(kwargs.get("device") or "cpu")
+        if device.type != "meta":
             self.left -= _size(args) * (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
             if self.left < 0:
                 raise CheckpointError("its sizes ask for more memory than an adapter of this model can need.")
@@ -55,9 +55,11 @@ class bounded(TorchDispatchMode):
 
 
 def _size(args: tuple) -> int:
-    """Elements that a factory makes: of the shape it is given, or of a range."""
-    shape = next((a for a in args if isinstance(a, (list, tuple, torch.Size))), None)
+    """Elements that a factory makes: of the shape it is given, or of a range; 0 for what computes with tensors."""
+    if any(isinstance(a, Tensor) for a in args):
+        return 0
+    shape = next((a for a in args if isinstance(a, (list, tuple))), None)
     if shape is not None:
-        return math.prod(int(n) for n in shape)
+        return math.prod(map(int, shape)) if all(isinstance(n, (int, torch.SymInt)) for n in shape) else 0
     numbers = [abs(float(a)) for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
     return math.ceil(max(numbers, default=0))  # arange, eye, linspace

@@ -30,7 +30,7 @@ def verify_section(info: Mapping[str, Any], where: str) -> None:
     version = info.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{where} has format {version}, written by lightning_peft {info.get('library_version')}; this version"
+            f"{where} has format {version}, written by lightning_peft {short(info.get('library_version'))}; this version"
             f" reads up to format {FORMAT_VERSION}. Upgrade: pip install -U lightning-peft."
         )
     broken = [k for k, kind in _SHAPE.items() if not isinstance(info.get(k), kind)]
@@ -45,7 +45,7 @@ def verify_section(info: Mapping[str, Any], where: str) -> None:
     lists = ("modules_to_save", "new_modules", "keys", "trainable")
     broken += [k for k in lists if isinstance(info.get(k), list) and not _names(info[k])]
     if not isinstance(version, int) or version < 1 or broken:
-        parts = ", ".join(broken) or f"format_version={version!r}"
+        parts = short(", ".join(broken)) or f"format_version={short(repr(version))}"
         raise CheckpointError(f"{where}: its {SECTION!r} section is damaged ({parts}).")
 
 
@@ -54,14 +54,34 @@ def verify_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str
     missing, extra = set(info["keys"]) - set(state), set(state) - set(info["keys"])
     if missing or (extra and info.get("save") != "full"):
         raise CheckpointError(misfit(where, missing, extra))
-    odd = [n for n in info["keys"] if not isinstance(state[n], Tensor) or state[n].layout is not torch.strided]
+    odd = [
+        n
+        for n in info["keys"]
+        if not isinstance(state[n], Tensor) or state[n].layout is not torch.strided or state[n].is_meta
+    ]
     if odd:
         raise CheckpointError(f"{where}: {some(odd)} should be plain tensors and are {type(state[odd[0]]).__name__}.")
 
 
+def verify_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise if something trained is no number: training had diverged, or the file is damaged."""
+    broken = [n for n, t in state.items() if t.is_floating_point() and not t.is_meta and not torch.isfinite(t).all()]
+    if broken:
+        raise CheckpointError(
+            f"{where} holds NaN or infinite values in {some(broken)}: the training diverged, or the file is damaged."
+            " Take an earlier checkpoint."
+        )
+
+
+def short(text: object, length: int = 300) -> str:
+    """A text from a file, which may be of any length and hold anything, for a message of one line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else f"{line[:length]}…"
+
+
 def some(names: Collection[str], count: int = 4) -> str:
     """The first few names."""
-    names = sorted(map(str, names))
+    names = sorted(short(name, 120) for name in names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 

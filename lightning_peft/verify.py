@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.fields import settle
 from lightning_peft.fingerprint import difference
 from lightning_peft.method import Method, registry
-from lightning_peft.sections import FORMAT_VERSION, misfit, some, verify_keys, verify_section  # noqa: F401
+from lightning_peft.sections import (  # noqa: F401  (part of them for those who import from here)
+    FORMAT_VERSION,
+    misfit,
+    short,
+    some,
+    verify_finite,
+    verify_keys,
+    verify_section,
+)
 from lightning_peft.trainable import Injection, model_tensors, require, required_names
 
 
@@ -23,13 +30,15 @@ def method_from(entry: Mapping[str, Any], where: str) -> Method:
     kinds = registry()
     kind = kinds.get(entry["type"])
     if kind is None:
-        raise CheckpointError(f"{where} uses the method {entry['type']!r}, unknown here. Known: {', '.join(kinds)}.")
+        raise CheckpointError(
+            f"{where} uses the method {short(entry['type'])!r}, unknown here. Known: {', '.join(kinds)}."
+        )
     try:
         method = kind.rebuilt(entry["config"])
         settle(method)
         return method
     except Exception as error:  # values of any type and size
-        raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {error}") from error
+        raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {short(error)}") from error
 
 
 def verify(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
@@ -65,21 +74,13 @@ def verify_tensors(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     kinds = [
         f"{n} {t.dtype} (here {tensors[n].dtype})"
         for n, t in state.items()
-        if n in tensors and t.dtype != tensors[n].dtype and not (_real(t) and _real(tensors[n]))
+        if n in tensors
+        and t.dtype != tensors[n].dtype
+        and not (t.is_floating_point() and tensors[n].is_floating_point())
     ]
     if kinds:
         raise CheckpointError(f"{where} has tensors of another type than the model: {some(kinds)}.")
     verify_finite({n: state[n] for n in needed}, where)
-
-
-def verify_finite(state: Mapping[str, Tensor], where: str) -> None:
-    """Raise if something trained is no number: training had diverged, or the file is damaged."""
-    broken = [n for n, t in state.items() if _real(t) and not t.is_meta and not torch.isfinite(t).all()]
-    if broken:
-        raise CheckpointError(
-            f"{where} holds NaN or infinite values in {some(broken)}: the training diverged, or the file is damaged."
-            " Take an earlier checkpoint."
-        )
 
 
 def other_base(where: str, info: Mapping[str, Any], ours: Mapping[str, Any], reason: str) -> str:
@@ -115,14 +116,12 @@ def _verify_methods(injection: Injection, theirs: list[Method], info: Mapping[st
 
 def _verify_config(mine: dict[str, Any], other: dict[str, Any], free: Collection[str], what: str) -> None:
     wrong = [
-        f"{k}={other.get(k)!r} (here {mine.get(k)!r})" for k in mine if k not in free and mine.get(k) != other.get(k)
+        f"{k}={short(repr(other.get(k)))} (here {mine.get(k)!r})"
+        for k in mine
+        if k not in free and mine.get(k) != other.get(k)
     ]
     if wrong:
         raise CheckpointError(f"{what} differs from the one in the model: {', '.join(wrong)}. Use the file's settings.")
-
-
-def _real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
 
 
 def _listed(names: Collection[str]) -> str:

@@ -17,6 +17,7 @@ from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PE
 from lightning_peft.files import read
 from lightning_peft.fingerprint import difference, fingerprint
 from lightning_peft.method import Method, registry
+from lightning_peft.sections import verify_finite
 
 
 class Fusion(Delta):
@@ -279,6 +280,9 @@ def _fill(deltas: Mapping[str, Delta], path: str, where: str) -> None:
                 raise CheckpointError(
                     f"{where}: {name}.delta.{leaf} is {tuple(value.shape)}, this model needs {tuple(parameter.shape)}."
                 )
+            if not value.is_floating_point():
+                raise CheckpointError(f"{where}: {name}.delta.{leaf} holds {value.dtype}, no numbers to compute with.")
+            verify_finite({f"{name}.delta.{leaf}": value}, where)
             if not parameter.is_meta:
                 parameter.data.copy_(value)
             open_.pop(id(parameter), None)
