@@ -140,6 +140,8 @@ def _same_base(first, where: str, info: Mapping[str, Any]) -> None:
 
 def _read_corrections(where: str, state, info, method) -> dict[str, tuple[Factors, Tails]]:
     try:
+        if not all(t.is_floating_point() for n, t in state.items() if n.endswith((".lora_A", ".lora_B"))):
+            raise ValueError("they are no real numbers")
         found = _corrections(state, info, method)
         if any(A.shape[-2] != B.shape[-1] for (A, B), _ in found.values()):
             raise ValueError("A and B have different ranks")

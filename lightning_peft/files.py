@@ -67,7 +67,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state, info = split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
     verify_section(info, str(path))
     verify_keys(state, info, str(path))
-    verify_finite({n: state[n] for n in info["trainable"] if n in state}, str(path))
+    verify_finite({n: state[n] for n in info["trainable"] if n in info["keys"]}, str(path))
     return state, info
 
 

@@ -30,7 +30,7 @@ def verify_section(info: Mapping[str, Any], where: str) -> None:
     version = info.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{where} has format {version}, written by lightning_peft {short(info.get('library_version'))}; this version"
+            f"{where} has format {version}, written by lightning_peft {short(info.get('library_version'))}; this one"
             f" reads up to format {FORMAT_VERSION}. Upgrade: pip install -U lightning-peft."
         )
     broken = [k for k, kind in _SHAPE.items() if not isinstance(info.get(k), kind)]
@@ -54,13 +54,17 @@ def verify_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str
     missing, extra = set(info["keys"]) - set(state), set(state) - set(info["keys"])
     if missing or (extra and info.get("save") != "full"):
         raise CheckpointError(misfit(where, missing, extra))
-    odd = [
-        n
-        for n in info["keys"]
-        if not isinstance(state[n], Tensor) or state[n].layout is not torch.strided or state[n].is_meta
-    ]
+    odd = [n for n in info["keys"] if not _plain(state[n])]
     if odd:
         raise CheckpointError(f"{where}: {some(odd)} should be plain tensors and are {type(state[odd[0]]).__name__}.")
+
+
+def _plain(value: Any) -> bool:
+    """Whether this is a tensor with as many bytes as it has elements; a view may declare any number of them."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return False
+    ordinary = type(value) in (Tensor, torch.nn.Parameter)
+    return not ordinary or value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def verify_finite(state: Mapping[str, Tensor], where: str) -> None:

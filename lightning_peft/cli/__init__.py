@@ -63,7 +63,8 @@ def _known(error: BaseException | None) -> str | None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     while error is not None:
-        if isinstance(error, (PEFTError, MisconfigurationException)):
-            return str(error)
+        meant = isinstance(error, RuntimeError) and "conditioned on metric" in str(error)  # EarlyStopping's
+        if meant or isinstance(error, (PEFTError, MisconfigurationException)):
+            return " ".join(str(error).split())
         error = error.__cause__ or error.__context__
     return None

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
 from lightning_peft.callbacks import PEFT
@@ -19,10 +20,12 @@ from lightning_peft.cli.messages import explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import read
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
+from lightning_peft.replacing import replacing
+from lightning_peft.sections import short
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 _DATA = (TextDataModule, ImageDataModule, AudioDataModule)
@@ -53,18 +56,22 @@ def _options() -> dict[str, list[str]]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the config into the run's folder and into the loggers."""
+    """Writes the config into the run's folder and into the loggers once training begins."""
 
     def __init__(self, parser: Any, config: Any, **options: Any) -> None:
         super().__init__(parser, config, **{**options, "save_to_log_dir": False})
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Not yet."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Now everything that a config can get wrong has been tried."""
+        super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Only a fit is worth repeating from its config."""
-        if stage != "fit":
-            return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True)
+        with replacing(Path(trainer.default_root_dir) / "config.yaml") as temporary:
+            self.parser.save(self.config, temporary, skip_none=False, overwrite=True)
         for logger in trainer.loggers:
             if isinstance(logger, Logger):
                 logger.log_hyperparams({"cli": _plain(self.config)})
@@ -79,6 +86,22 @@ class PEFTCLI(LightningCLI):
             "--peft", type=Method | list[Method] | None, default=None, help="Method(s), for example LoRA."
         )
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Measure the best weights after fit.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What the parser does not report itself is the user's input all the same."""
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:
+            raise ConfigError(explain(str(error), _classes(), _options())) from error
+
+    def instantiate_classes(self) -> None:
+        """Constructors of Lightning and torch complain in many ways; they had nothing but the config to complain of."""
+        try:
+            super().instantiate_classes()
+        except (PEFTError, MisconfigurationException):
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, ImportError, OSError) as error:
+            raise ConfigError(short(error, 1000)) from error
 
     def before_instantiate_classes(self) -> None:
         """Look at a checkpoint before data and model are loaded; keep W&B quiet."""
@@ -95,6 +118,8 @@ class PEFTCLI(LightningCLI):
         """Put the method first among the callbacks: those that copy the module must come after it."""
         method = self._get(self.config_init, "peft")
         config = self._get(self.config_init, "trainer")
+        if config.get("accumulate_grad_batches", 1) < 1:
+            raise ConfigError(f"trainer.accumulate_grad_batches={config.accumulate_grad_batches}: give at least 1.")
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         own = next((c for c in callbacks if isinstance(c, PEFT)), None)

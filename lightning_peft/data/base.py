@@ -64,6 +64,8 @@ class SplitDataModule(L.LightningDataModule, ABC):
         for name in ("batch_size", "eval_batch_size", "max_train_samples", "max_eval_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}={value}: give at least 1.")
+        if (workers := getattr(self, "num_workers", 0)) is not None and workers < 0:
+            raise ConfigError(f"num_workers={workers}: give at least 0.")
 
     # what subclasses define
 
