@@ -59,7 +59,7 @@ LAYERS = [
     ["task.predictions", "task.objectives"],
     ["task"],
     ["module"],
-    ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
+    ["cli.configs", "cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
     ["cli.run"],
     ["cli"],
     ["__main__"],

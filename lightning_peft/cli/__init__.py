@@ -19,6 +19,10 @@ Options of a command: lightning-peft fit --help. A method's options: lightning-p
 Without --config, validate, test and predict read the config that fit saved beside --ckpt_path."""
 
 
+#: parts of messages that Lightning means for the user and raises as general errors
+_MEANT = ("conditioned on metric", "is set but", "is not in bounds, numpy accepts")
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 2 after a user's error (one message, no traceback)."""
     words = list(sys.argv[1:] if args is None else args)
@@ -63,7 +67,7 @@ def _known(error: BaseException | None) -> str | None:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     while error is not None:
-        meant = isinstance(error, RuntimeError) and "conditioned on metric" in str(error)  # EarlyStopping's
+        meant = isinstance(error, (RuntimeError, ValueError)) and any(part in str(error) for part in _MEANT)
         if meant or isinstance(error, (PEFTError, MisconfigurationException)):
             return " ".join(str(error).split())
         error = error.__cause__ or error.__context__

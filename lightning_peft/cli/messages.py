@@ -69,6 +69,9 @@ def _required(key: str, inner: str, message: str, classes: Mapping, options: Map
 
 def _option(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
     """A name that nobody knows."""
+    command = re.search(r"Subcommand '(\w+)' does not accept option '([^']+)'", message)
+    if command:
+        return f"{command[1]} has no option {command[2]!r}.{_near(command[2].split('.')[-1], _all(options))}"
     option = re.search(r"(?:Option|[Kk]ey) '([^']+)' is not (?:accepted|expected)([^\n]*)", message)
     if not option:
         return None
@@ -101,11 +104,19 @@ def _unknown_class(key: str, name: str, classes: Mapping[str, Sequence[str]]) ->
 
 def _unknown_option(key: str, name: str, path: str, options: Mapping[str, Sequence[str]]) -> str:
     kind = path.rsplit(".", 1)[-1]
-    known = list(options.get(kind) or [n for names in options.values() for n in names])
+    known = list(options.get(kind) or _all(options))
+    if name in known:
+        whose = f"{kind} was found" if kind else "no class_path stands beside it"
+        place = f"{key}: " if key else ""
+        return f"{place}Option {name!r} belongs to a class, and {whose}. Give class_path and init_args."
     hint = _near(name.split(".")[-1], known)
     if kind and kind in options:
         return f"{kind} has no option {name!r}.{hint} It has: {', '.join(known)}."
     return f"{key + ': ' if key else ''}Option {name!r} is not accepted.{hint or ' See --help.'}"
+
+
+def _all(options: Mapping[str, Sequence[str]]) -> list[str]:
+    return [*(n for names in options.values() for n in names), "peft", "model", "data", "trainer", "ckpt_path"]
 
 
 def _near(name: str, known: Sequence[str]) -> str:

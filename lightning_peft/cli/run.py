@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
 from lightning_peft.callbacks import PEFT
+from lightning_peft.cli.configs import check_config
 from lightning_peft.cli.messages import explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
@@ -93,6 +94,9 @@ class PEFTCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except Exception as error:
             raise ConfigError(explain(str(error), _classes(), _options())) from error
+        given = self.config.get("trainer") if "subcommand" not in self.config else self._get(self.config, "trainer")
+        if given is not None and not hasattr(given, "get"):
+            raise ConfigError(f"trainer: expected a mapping of options, got {given!r}.")
 
     def instantiate_classes(self) -> None:
         """Constructors of Lightning and torch complain in many ways; they had nothing but the config to complain of."""
@@ -172,6 +176,7 @@ def expand(words: list[str]) -> list[str]:
         name, separator, value = word.partition("=")
         if name in ("-c", "--config") and (separator or i + 1 < len(found)):
             place = _config(value if separator else found[i + 1])
+            check_config(place)
             found[i if separator else i + 1] = f"{name}={place}" if separator else place
     if words[0] in ("validate", "test", "predict") and not any(w.split("=")[0] in ("-c", "--config") for w in words):
         beside = _beside(words)
