@@ -66,9 +66,10 @@ def _known(error: BaseException | None) -> str | None:
     """The message of the first error in the chain that was meant for the user."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    while error is not None:
-        meant = isinstance(error, (RuntimeError, ValueError)) and any(part in str(error) for part in _MEANT)
-        if meant or isinstance(error, (PEFTError, MisconfigurationException)):
-            return " ".join(str(error).split())
-        error = error.__cause__ or error.__context__
+    from lightning_peft.cli.messages import chain
+
+    for e in chain(error):
+        meant = isinstance(e, (RuntimeError, ValueError)) and any(part in str(e) for part in _MEANT)
+        if meant or isinstance(e, (PEFTError, MisconfigurationException)):
+            return " ".join(str(e).split())
     return None

@@ -6,7 +6,10 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+#: what a class_path may stand for where none is given
+_BASES = ("Method", "LightningModule", "LightningDataModule", "Callback", "Logger")
 
 
 def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[str]]) -> str:
@@ -41,6 +44,13 @@ def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping
     return f"{key}: expected {_type(found[1])}, got {given!r}.{quote}"
 
 
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def _class(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
     """A class that is not known, cannot be imported, or is one of another kind."""
     unknown = re.search(r"Expected a dot import path string: (\S+)", message)
@@ -63,8 +73,9 @@ def _required(key: str, inner: str, message: str, classes: Mapping, options: Map
         return None
     owners = re.findall(r"class_path(?:=| )'([\w.]+)'", message[: needed.start()] + inner)
     kind = owners[-1].rsplit(".", 1)[-1] if owners else "the command"
-    first = needed[1].split(", ")[0].strip()
-    return f"{key + ': ' if key else ''}{kind} needs {needed[1].strip()}; give --{key + '.' if key else ''}{first}."
+    names = re.sub(r"\b(fit|validate|test|predict)\.", "", needed[1].strip())
+    first = names.split(", ")[0]
+    return f"{key + ': ' if key else ''}{kind} needs {names}; give --{key + '.' if key else ''}{first}."
 
 
 def _option(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
@@ -73,10 +84,10 @@ def _option(key: str, inner: str, message: str, classes: Mapping, options: Mappi
     if command:
         return f"{command[1]} has no option {command[2]!r}.{_near(command[2].split('.')[-1], _all(options))}"
     option = re.search(r"(?:Option|[Kk]ey) '([^']+)' is not (?:accepted|expected)([^\n]*)", message)
-    if not option:
+    if not option or 0 <= inner.find("Got value: ") < inner.find(option[0]):  # the value is wrong, not the name
         return None
     owner = re.search(r"class_path='([\w.]+)'", option[2]) or re.search(r"given class_path '([\w.]+)'", message)
-    path = owner[1] if owner else ""
+    path = owner[1] if owner and owner[1].rsplit(".", 1)[-1] not in _BASES else ""
     return _unknown_option(key, option[1], path, {**_signature(path), **options})
 
 
@@ -109,7 +120,7 @@ def _unknown_option(key: str, name: str, path: str, options: Mapping[str, Sequen
         whose = f"{kind} was found" if kind else "no class_path stands beside it"
         place = f"{key}: " if key else ""
         return f"{place}Option {name!r} belongs to a class, and {whose}. Give class_path and init_args."
-    hint = _near(name.split(".")[-1], known)
+    hint = _near(name.split(".")[0], ["class_path", "init_args"]) or _near(name.split(".")[-1], known)
     if kind and kind in options:
         return f"{kind} has no option {name!r}.{hint} It has: {', '.join(known)}."
     return f"{key + ': ' if key else ''}Option {name!r} is not accepted.{hint or ' See --help.'}"

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
 from lightning_peft.callbacks import PEFT
 from lightning_peft.cli.configs import check_config
-from lightning_peft.cli.messages import explain
+from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
@@ -102,9 +102,9 @@ class PEFTCLI(LightningCLI):
         """Constructors of Lightning and torch complain in many ways; they had nothing but the config to complain of."""
         try:
             super().instantiate_classes()
-        except (PEFTError, MisconfigurationException):
-            raise
         except (TypeError, ValueError, LookupError, AttributeError, ImportError, OSError) as error:
+            if any(isinstance(e, (PEFTError, MisconfigurationException)) for e in chain(error)):
+                raise
             raise ConfigError(short(error, 1000)) from error
 
     def before_instantiate_classes(self) -> None:

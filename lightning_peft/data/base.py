@@ -236,7 +236,7 @@ class SplitDataModule(L.LightningDataModule, ABC):
         how = ", every class its share" if by_class else ""
         said = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
         rank_zero_info(f"Split {len(train):,} rows: {said} (seed {self.seed}{how}).")
-        return {**raw, **{name: take(train, part) for name, part in parts.items()}}
+        return {**raw, **{name: take(train, part) for name, part in parts.items() if part}}
 
     def _distinct(self, rows: Dataset) -> Dataset:
         if not self.drop_duplicates:

@@ -123,7 +123,7 @@ FLAGS = [
     # trainer
     ("--trainer.max_epochs many", "trainer.max_epochs: expected int or nothing, got 'many'."),
     ("--trainer.max_epochs -5", "`max_epochs` must be a non-negative integer or -1. You passed in -5."),
-    ("--trainer.accelerator quantum", "`accelerator='quantum'`. Available names are: auto, "),
+    ("--trainer.accelerator quantum", "`accelerator='quantum'`. Available names are: "),
     ("--trainer.devices 0", "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
     ("--trainer.devices two", "`devices` selected with `CPUAccelerator` should be an int > 0."),
     ("--trainer.precision 8", "trainer.precision: expected one of 64, 32, 16, transformer-engine, "),
@@ -142,10 +142,11 @@ FLAGS = [
     (f"{ADD}EarlyStoping", "trainer.callbacks: unknown class 'EarlyStoping'. Did you mean EarlyStopping? Known: "),
     (f"{ADD}EarlyStopping", "EarlyStopping needs monitor; give --trainer.callbacks.monitor."),
     (f"{ADD}torch.nn.Linear", "trainer.callbacks: torch.nn.Linear is no Callback. Known: "),
+    (f"{ADD}MergeOnFitEnd --trainer.callbacks.which worst", "trainer.callbacks.which: expected one of best, last"),
     (f"{ADD}MergeOnFitEnd --trainer.callbacks.dirpath rows.csv", "that is a file; give a folder."),
     (
-        f"{ADD}MergeOnFitEnd --trainer.callbacks.dirpath m --peft IA3 --peft DoRA --peft BitFit",
-        "BitFit cannot be merged",
+        f"{ADD}MergeOnFitEnd --trainer.callbacks.dirpath m --peft PTuning",
+        "PTuning cannot be merged",
     ),
     (
         f"{ADD}TrainabilityCheck --trainer.callbacks.ignored x",
@@ -185,9 +186,10 @@ FILES = [
     ((BASE, "hello\n"), "bad.yaml: a config is a mapping of options"),
     ((BASE, "\0\1"), "bad.yaml: this is not a text file in YAML: "),
     (("  class_path: LoRA\n", ""), "peft: Option 'r' belongs to a class, and no class_path stands beside it."),
+    (("init_args: {r: 2}", "init_arg: {r: 2}"), "peft: Option 'init_arg.r' is not accepted. Did you mean init_args?"),
     (("init_args: {r: 2}", "init_args: [r, 2]"), "peft: expected Method or list[Method] or nothing, got "),
     ((BASE[BASE.index("trainer:") :], "trainer: [1]\n"), "trainer: expected a mapping of options, got [1]."),
-    ((BASE[BASE.index("model:") : BASE.index("data:")], ""), "the command needs fit.model; give --"),
+    ((BASE[BASE.index("model:") : BASE.index("data:")], ""), "the command needs model; give --model."),
     (("    task: sequence-classification\n", ""), "model: TaskModule needs task; give --model.task."),
     (("default_root_dir: run", "default_root_dir: /proc/nope"), "/proc/nope/config.yaml could not be written: "),
 ]
