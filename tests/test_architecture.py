@@ -39,7 +39,7 @@ LAYERS = [
     ["merging"],
     ["summary", "combining"],
     ["export"],
-    ["callbacks.hooks", "callbacks.best", "callbacks.checks", "callbacks.checkpoint_io"],
+    ["callbacks.hooks", "callbacks.best", "callbacks.checks", "callbacks.checkpoint_io", "callbacks.resuming"],
     ["callbacks.peft"],
     [
         "callbacks.merge",

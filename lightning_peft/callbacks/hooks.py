@@ -11,8 +11,8 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
+from lightning_peft.callbacks.resuming import take_resume
 from lightning_peft.checkpoint import fitting, make_way, reroot, section
-from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
 from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
 
@@ -105,17 +105,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         return
     state, info = split(checkpoint, "The checkpoint")
     fitted = fitting(module, state, info, "The checkpoint")
+    if info.get("resume") and "optimizer_states" in checkpoint:
+        take_resume(module, checkpoint, info["resume"])
     checkpoint["state_dict"] = reroot(state, info, module) if info.get("save") == "full" else fitted
     make_way(module, checkpoint["state_dict"])
-    if info.get("resume") and "optimizer_states" in checkpoint:
-        _take_resume(module, info["resume"])
-
-
-def _take_resume(module: L.LightningModule, resume: Any) -> None:
-    try:
-        for method, saved in zip(require(module)[0].methods, resume["methods"], strict=True):
-            method.load_resume_state(module, saved)
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"The checkpoint's part for resuming is damaged: {error}. Start from its weights with PEFT(init_from=...)."
-        ) from error

@@ -175,7 +175,9 @@ def bad_file(good: Good, dice: random.Random, source: str, path: Path, resume: b
         hostile.write_bomb(path, dice)
         return "pickle bomb"
     checkpoint = copy.deepcopy(good.checkpoint)
-    changes = hostile.CONTENT if kind == "content" else hostile.PICKLED + [hostile.resume_part] * resume
+    changes = (
+        hostile.CONTENT if kind == "content" else hostile.PICKLED + [hostile.resume_part, hostile.resume_field] * resume
+    )
     change = dice.choice(changes)
     if kind == "content":
         change(dice, checkpoint["state_dict"], checkpoint[hostile.SECTION])
@@ -250,17 +252,22 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to repeat one")
+    parser.add_argument("--cli", type=int, default=20, help="of the files for the command line")
     options = parser.parse_args()
+    from tests.faults.fuzz_cli import fuzz_cli
     from tests.faults.kill import _quiet
 
     _quiet()
     torch.set_num_threads(1)
     start = time.monotonic()
     found, wrong = fuzz(options.runs, options.seed, options.first)
-    for entry in ENTRIES:
+    if options.cli:
+        more, also = fuzz_cli(options.cli, options.seed)
+        found, wrong = found + more, wrong + also
+    for entry in [*ENTRIES, "lightning-peft test"]:
         counts = {outcome: found[entry, outcome] for outcome in ("refused", "harmless", "WRONG")}
         print(f"  {entry:<36}" + "".join(f"{n:6} {outcome}" for outcome, n in counts.items() if n))
-    print(f"{options.runs} files in {time.monotonic() - start:.0f} s; {len(wrong)} wrong")
+    print(f"{sum(found.values())} files in {time.monotonic() - start:.0f} s; {len(wrong)} wrong")
     print("\n".join(wrong))
     raise SystemExit(bool(wrong))
 

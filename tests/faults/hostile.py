@@ -245,6 +245,17 @@ def resume_part(dice: Dice, checkpoint: dict, marker: Path) -> None:
     checkpoint[SECTION]["resume"] = dice.choice([v for v in VALUES if v] + [{"methods": v} for v in VALUES])
 
 
+def resume_field(dice: Dice, checkpoint: dict, marker: Path) -> None:
+    """What Lightning itself resumes from, of another type; moments of another shape."""
+    if dice.random() < 0.5:
+        key = dice.choice(("optimizer_states", "lr_schedulers", "loops", "callbacks", "epoch", "global_step"))
+        checkpoint[key] = dice.choice(("x", 2.5, [3], [[]], ["x"], [None]) + (({},) if key[-1] != "s" else ()))
+    else:
+        entry = dice.choice(list(checkpoint["optimizer_states"][0]["state"].values()))
+        other = (torch.zeros(7, 7), torch.full_like(entry["exp_avg"], float("nan")), torch.zeros(()))
+        entry[dice.choice(("exp_avg", "exp_avg_sq"))] = dice.choice(other)
+
+
 PICKLED = [odd_tensors, payload, greedy, shape_of_checkpoint]
 
 
