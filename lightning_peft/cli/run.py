@@ -94,9 +94,6 @@ class PEFTCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except Exception as error:
             raise ConfigError(explain(str(error), _classes(), _options())) from error
-        given = self.config.get("trainer") if "subcommand" not in self.config else self._get(self.config, "trainer")
-        if given is not None and not hasattr(given, "get"):
-            raise ConfigError(f"trainer: expected a mapping of options, got {given!r}.")
 
     def instantiate_classes(self) -> None:
         """Constructors of Lightning and torch complain in many ways; they had nothing but the config to complain of."""
@@ -109,10 +106,13 @@ class PEFTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look at a checkpoint before data and model are loaded; keep W&B quiet."""
+        trainer = self._get(self.config, "trainer")
+        if not hasattr(trainer, "get"):
+            raise ConfigError(f"trainer: expected a mapping of options, got {trainer!r}.")
         path = self._get(self.config, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
             read(path)
-        if "WandbLogger" in str(self._get(self.config, "trainer").get("logger")):
+        if "WandbLogger" in str(trainer.get("logger")):
             silence_wandb()
 
     def _parse_ckpt_path(self) -> None:

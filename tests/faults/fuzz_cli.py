@@ -1,4 +1,4 @@
-"""The same for the command line: ``lightning-peft test --ckpt_path FILE``; a tenth as many, for each parses a config."""
+"""The same for the command line: ``lightning-peft test --ckpt_path FILE``; fewer, for each case parses a config."""
 
 from __future__ import annotations
 
