@@ -115,7 +115,7 @@ def _unknown_class(key: str, name: str, classes: Mapping[str, Sequence[str]]) ->
 
 def _unknown_option(key: str, name: str, path: str, options: Mapping[str, Sequence[str]]) -> str:
     kind = path.rsplit(".", 1)[-1]
-    known = list(options.get(kind) or _all(options))
+    known = list((options.get(kind) if kind else None) or _all(options))
     if name in known:
         whose = f"{kind} was found" if kind else "no class_path stands beside it"
         place = f"{key}: " if key else ""

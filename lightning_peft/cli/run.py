@@ -99,7 +99,7 @@ class PEFTCLI(LightningCLI):
         """Constructors of Lightning and torch complain in many ways; they had nothing but the config to complain of."""
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError, LookupError, AttributeError, ImportError, OSError) as error:
+        except (TypeError, ValueError, ImportError, OSError) as error:
             if any(isinstance(e, (PEFTError, MisconfigurationException)) for e in chain(error)):
                 raise
             raise ConfigError(short(error, 1000)) from error
