@@ -16,6 +16,7 @@ _HOME = {
         "CheckpointError",
         "MergeError",
         "TrainingError",
+        "WriteError",
     ),
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         NoMatchError,
         PEFTError,
         TrainingError,
+        WriteError,
     )
     from lightning_peft.export import save_merged
     from lightning_peft.formats.peft import export_peft, import_peft

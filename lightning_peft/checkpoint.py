@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, locate, read, write_adapter
 from lightning_peft.fingerprint import difference
+from lightning_peft.guards import bounded
 from lightning_peft.injection import place, remove, settle_outside
 from lightning_peft.switching import reset_buffers, switch
 from lightning_peft.trainable import (
@@ -28,6 +29,7 @@ from lightning_peft.verify import (
     FORMAT_VERSION,
     method_from,
     other_base,
+    short,
     some,
     source,
     verify,
@@ -36,6 +38,8 @@ from lightning_peft.verify import (
     verify_tensors,
 )
 
+#: bytes that an adapter may take whatever the size of the model
+_ROOM = 2**28
 #: the ways a file can be given
 Source = str | os.PathLike | Mapping[str, Any]
 
@@ -161,10 +165,12 @@ def inject_from(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
             f" {info['base']['class']}{source(info)}; load it into that model."
         )
     targets = [{n: modules[n] for n in entry["targets"]} for entry in info["methods"]]
+    size = sum(p.numel() * p.element_size() for p in root.parameters())
     try:
-        place(root, methods, targets, info["modules_to_save"], info["new_modules"])
-    except (ConfigError, RuntimeError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{where}: its methods do not fit {type(root).__name__}: {error}") from error
+        with bounded(4 * size + _ROOM):
+            place(root, methods, targets, info["modules_to_save"], info["new_modules"])
+    except Exception as error:  # a file may name sizes and modules that no method was written for
+        raise CheckpointError(f"{where}: its methods do not fit {type(root).__name__}: {short(error)}") from error
     settle_outside(model)
     ours = require(model)[0].base
     reason = difference(ours, info["base"])

@@ -17,7 +17,8 @@ from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.files import SECTION, read, write_adapter
 from lightning_peft.fingerprint import difference
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.verify import method_from, verify_section
+from lightning_peft.sections import verify_finite, verify_keys, verify_section
+from lightning_peft.verify import method_from
 
 How = Literal["linear", "cat", "svd", "ties", "dare"]
 #: A and B of one matrix, (…, r, in) and (…, out, r), with everything in them: the correction is B·A
@@ -76,11 +77,13 @@ def combine(
     for where, _, info, _ in opened[1:]:
         _same_base(opened[0], where, info)
     generator = torch.Generator().manual_seed(seed)
-    found = [_corrections(state, info, method) for _, state, info, method in opened]
+    found = [_read_corrections(*one) for one in opened]
     merged: dict[str, tuple[Factors, Tails]] = {}
     for name in dict.fromkeys(n for corrections in found for n in corrections):
         parts = [(w, c[name][0]) for w, c in zip(weights, found, strict=True) if name in c]
         tails = next(c[name][1] for c in found if name in c)
+        if len({(A.shape[-1], B.shape[:-1]) for _, (A, B) in parts}) > 1:
+            raise CheckpointError(f"combine: the files correct {name} in different shapes, so they do not add up.")
         merged[name] = _combined(how, parts, r, density, generator), tails
     return _finish(opened, weights, merged, path)
 
@@ -113,6 +116,8 @@ def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], Any]:
     else:
         state, info = read(source)
     verify_section(info, where)
+    verify_keys(state, info, where)
+    verify_finite({k: state[k] for k in info["keys"]}, where)
     if len(info["methods"]) != 1:
         raise CheckpointError(f"{where} holds {len(info['methods'])} methods; combine takes files with one.")
     method = method_from(info["methods"][0], where)
@@ -131,6 +136,20 @@ def _same_base(first, where: str, info: Mapping[str, Any]) -> None:
     reason = difference(first[2]["base"], info["base"])
     if reason:
         raise CheckpointError(f"{where} and {first[0]} were trained on different base models: {reason}.")
+
+
+def _read_corrections(where: str, state, info, method) -> dict[str, tuple[Factors, Tails]]:
+    try:
+        if not all(t.is_floating_point() for n, t in state.items() if n.endswith((".lora_A", ".lora_B"))):
+            raise ValueError("they are no real numbers")
+        found = _corrections(state, info, method)
+        if any(A.shape[-2] != B.shape[-1] for (A, B), _ in found.values()):
+            raise ValueError("A and B have different ranks")
+        return found
+    except (LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{where} is damaged: its factors are none of {type(method).__name__}: {error}."
+        ) from error
 
 
 def _corrections(state, info, method) -> dict[str, tuple[Factors, Tails]]:

@@ -23,3 +23,10 @@ class MergeError(PEFTError):
 
 class TrainingError(PEFTError):
     """The Trainer is set up so that the adapters would not train as asked."""
+
+
+class WriteError(PEFTError, OSError):
+    """A file could not be written (disk full, read-only folder); what was there before is untouched."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])

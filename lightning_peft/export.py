@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_peft.errors import MergeError, PEFTError
 from lightning_peft.files import SECTION
 from lightning_peft.merging import merge_and_unload, obstacle
 from lightning_peft.quantized import bits
+from lightning_peft.replacing import replacing_folder
 from lightning_peft.trainable import MARK, require
 
 _TOKENIZER_FILES = (
@@ -31,7 +31,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     """Write the merged network: a ``from_pretrained`` folder for a transformers model, else ``model.safetensors``.
 
     The model itself stays as it is. A base in few bits is loaded once more, in floats, from where it came: nothing is
-    rounded to few bits again. Everything is written to a temporary folder first, then moved into place.
+    rounded to few bits again. All is written to a temporary folder, then moved into place: half an export never shows.
 
     Args:
         model: an adapted LightningModule or network.
@@ -42,6 +42,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     Raises:
         MergeError: the method does not merge, or the float base of a quantised model cannot be found.
         PEFTError: ``directory`` is a file.
+        WriteError: the disk is full or the folder cannot be written.
 
     >>> import os, tempfile
     >>> from torch import nn
@@ -55,9 +56,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     if target.is_file():
         raise PEFTError(f"save_merged: {target} is a file; give a folder.")
     merged = plain_copy(root)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    with replacing_folder(target) as temporary:
         if hasattr(merged, "save_pretrained"):
             _forget_packing(merged)
             with _no_bar():
@@ -65,11 +64,6 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
             _add_tokenizer(temporary, tokenizer, str(getattr(merged.config, "_name_or_path", "") or ""))
         else:
             save_model(merged, str(temporary / "model.safetensors"))
-        target.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir()):
-            os.replace(file, target / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _forget_packing(merged: Any) -> None:

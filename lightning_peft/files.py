@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import locate as locate
+from lightning_peft.replacing import replacing
+from lightning_peft.sections import verify_finite, verify_keys, verify_section
 
 
 def near(path: str | os.PathLike) -> str:
@@ -28,26 +31,13 @@ def near(path: str | os.PathLike) -> str:
     return relative if not relative.startswith("..") else str(Path(path).resolve())
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; rename it to ``path`` at the end, or remove it if anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_adapter(path: Path, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """One safetensors file; the section travels as JSON in its header."""
+    """One safetensors file; the section travels as JSON in its header, with a checksum over itself and the tensors."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    info = json.loads(json.dumps(dict(info)))  # as a reader will see it
+    info["checksum"] = checksum(tensors, info)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", SECTION: json.dumps(dict(info))})
+        save_file(tensors, temporary, metadata={"format": "pt", SECTION: json.dumps(info)})
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,7 +52,13 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{place} does not exist." + (f" There is: {', '.join(near)}." if near else ""))
     if place.is_dir():
         place = _inside(place)
-    return split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
+    if not place.is_file() or not os.access(place, os.R_OK):
+        raise CheckpointError(f"{place} is no file that can be read here.")
+    state, info = split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
+    verify_section(info, str(path))
+    verify_keys(state, info, str(path))
+    verify_finite({n: state[n] for n in info["trainable"] if n in info["keys"]}, str(path))
+    return state, info
 
 
 def _inside(folder: Path) -> Path:
@@ -83,17 +79,78 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"{path} is a plain safetensors file without a {SECTION!r} section: a model or another library's"
                     " adapter, not one of ours. `import_peft` reads folders written by peft."
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata[SECTION])  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is broken or no safetensors file: {error}") from None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            info = json.loads(metadata[SECTION], object_pairs_hook=_once)
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors, JSON and torch raise many kinds for a broken file; all mean the same
+        raise CheckpointError(f"{path} is broken or no safetensors file: {_first_line(error)}") from None
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path}: its {SECTION!r} section is damaged (a {type(info).__name__}, no mapping).")
+    if "checksum" in info and info["checksum"] != checksum(tensors, info):
+        raise CheckpointError(
+            f"{path} is damaged: its content does not give the checksum written with it. Copy it again from its source,"
+            " or save it again."
+        )
+    return tensors, info
 
 
-def load_checkpoint(path: Path) -> Any:
+def checksum(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, and over the section but for the checksum itself."""
+    total = hashlib.sha256(json.dumps({k: v for k, v in info.items() if k != "checksum"}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping; readers of JSON differ in which of two equal keys they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in its section")
+    return found
+
+
+def load_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
     """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        zipped = _is_zip(path)
+        if zipped:
+            _check_zip(path)
+        elif _is_torch(path):
+            _check_pickle(path.read_bytes())
+        else:
+            raise pickle.UnpicklingError("it starts like neither a zip archive nor a pickle")
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
+
+
+def _check_zip(path: Path) -> None:
+    """Check the sums in the archive, which torch writes and does not look at; and that nothing in it is packed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        names = [e.filename for e in entries]
+        if len(set(names)) < len(names):
+            raise zipfile.BadZipFile("a record stands twice in it")
+        packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+        if packed or sum(e.file_size for e in entries) > path.stat().st_size:
+            raise zipfile.BadZipFile("its records declare more bytes than it has")
+        bad = archive.testzip() if torch.serialization.get_crc32_options() else None
+        if bad is not None:
+            raise zipfile.BadZipFile(f"the checksum of its record {bad!r} is wrong")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                _check_pickle(archive.read(entry))
+
+
+def _check_pickle(data: bytes) -> None:
+    """Of what torch lets a pickle build, a bytearray alone takes memory by a number; tensors have their bytes here."""
+    if re.search(rb"c(builtins|__builtin__)\nbytearray\n", data):
+        raise pickle.UnpicklingError("GLOBAL builtins.bytearray")
 
 
 def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -112,7 +169,11 @@ def _why(error: Exception) -> str:
     unsafe = re.search(r"GLOBAL (\S+)", text)
     if unsafe:
         return f"it holds an object of {unsafe[1]}, which is not loaded because a pickle can run code."
-    return f"it is truncated or no checkpoint ({type(error).__name__}: {text.splitlines()[0][:120] if text else ''})."
+    return f"it is damaged, truncated or no checkpoint ({type(error).__name__}: {_first_line(error)})."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _is_torch(path: Path) -> bool:
@@ -127,9 +188,3 @@ def _is_torch(path: Path) -> bool:
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

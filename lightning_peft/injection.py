@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.fields import settle
 from lightning_peft.fingerprint import fingerprint
+from lightning_peft.guards import undone_on_error
 from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method
@@ -93,8 +94,9 @@ def place(
         flags={n: p.requires_grad for n, p in root.named_parameters()},
     )
     base = list(root.parameters())
-    for m, chosen in zip(methods, targets, strict=True):
-        m.attach(root, chosen)
+    with undone_on_error(root):
+        for m, chosen in zip(methods, targets, strict=True):
+            m.attach(root, chosen)
     for parameter in base:
         parameter.requires_grad_(False)
     for parameter in thawed:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from abc import ABC
 from collections.abc import Mapping
 from numbers import Real
@@ -160,6 +161,11 @@ class Method(ABC):
         """The fields as plain values, ready for JSON and for ``weights_only`` checkpoints."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
+    @classmethod
+    def rebuilt(cls, config: Mapping[str, Any]) -> Method:
+        """The method that a saved `config` describes."""
+        return cls(**config)
+
     def generator(self, name: str) -> torch.Generator:
         """A seeded generator for the module called ``name``: the same for every set of targets and every rank."""
         seed = f"{getattr(self, 'init_seed', 0)}:{name}".encode()
@@ -192,6 +198,8 @@ def check_number(owner: str, field: str, value: float, low: float, *, high: floa
     """Raise a `ConfigError` unless ``low <= value (<= high)``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigError(f"{owner}({field}={value!r}): {field} must be a number, not {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ConfigError(f"{owner}({field}={value!r}): {field} must be finite.")
     if not low <= value or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{owner}({field}={value!r}): {field} must be {bound}.")

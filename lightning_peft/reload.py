@@ -69,4 +69,7 @@ def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:
 def _is_loaded(module: L.LightningModule, state: Mapping[str, Tensor]) -> bool:
     """Whether a module that adapts itself has taken the values already."""
     ours = adapter_state_dict(module)
-    return all(n in ours and torch.equal(ours[n].cpu(), t.to(ours[n].dtype)) for n, t in state.items())
+    return all(
+        n in ours and t.shape == ours[n].shape and torch.equal(ours[n].cpu(), t.to(ours[n].dtype))
+        for n, t in state.items()
+    )

@@ -7,45 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.errors import CheckpointError
 from lightning_peft.fields import settle
-from lightning_peft.files import SECTION
 from lightning_peft.fingerprint import difference
 from lightning_peft.method import Method, registry
+from lightning_peft.sections import (  # noqa: F401  (part of them for those who import from here)
+    FORMAT_VERSION,
+    misfit,
+    short,
+    some,
+    verify_finite,
+    verify_keys,
+    verify_section,
+)
 from lightning_peft.trainable import Injection, model_tensors, require, required_names
-
-FORMAT_VERSION = 1
-_SHAPE = {
-    "network": str,
-    "methods": list,
-    "modules_to_save": list,
-    "new_modules": list,
-    "keys": list,
-    "base": dict,
-}
-_BASE = {"structure": str, "values": str, "sketch": str, "class": str, "dtype": str, "parameters": int}
-
-
-def verify_section(info: Mapping[str, Any], where: str) -> None:
-    """Refuse a section of a newer format, or one whose parts are missing or of another type."""
-    version = info.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where} has format {version}, written by lightning_peft {info.get('library_version')}; this version"
-            f" reads up to format {FORMAT_VERSION}. Upgrade: pip install -U lightning-peft."
-        )
-    broken = [k for k, kind in _SHAPE.items() if not isinstance(info.get(k), kind)]
-    if isinstance(info.get("base"), dict):
-        broken += [f"base.{k}" for k, kind in _BASE.items() if not isinstance(info["base"].get(k), kind)]
-    for i, entry in enumerate(info["methods"] if isinstance(info.get("methods"), list) else []):
-        good = isinstance(entry, dict) and isinstance(entry.get("type"), str) and isinstance(entry.get("config"), dict)
-        if not good or not _names(entry.get("targets")):
-            broken.append(f"methods[{i}]")
-    lists = ("modules_to_save", "new_modules", "keys")
-    broken += [k for k in lists if isinstance(info.get(k), list) and not _names(info[k])]
-    if not isinstance(version, int) or version < 1 or broken:
-        parts = ", ".join(broken) or f"format_version={version!r}"
-        raise CheckpointError(f"{where}: its {SECTION!r} section is damaged ({parts}).")
 
 
 def method_from(entry: Mapping[str, Any], where: str) -> Method:
@@ -55,13 +30,15 @@ def method_from(entry: Mapping[str, Any], where: str) -> Method:
     kinds = registry()
     kind = kinds.get(entry["type"])
     if kind is None:
-        raise CheckpointError(f"{where} uses the method {entry['type']!r}, unknown here. Known: {', '.join(kinds)}.")
+        raise CheckpointError(
+            f"{where} uses the method {short(entry['type'])!r}, unknown here. Known: {', '.join(kinds)}."
+        )
     try:
-        method = kind(**entry["config"])
+        method = kind.rebuilt(entry["config"])
         settle(method)
         return method
-    except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {error}") from error
+    except Exception as error:  # values of any type and size
+        raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {short(error)}") from error
 
 
 def verify(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
@@ -79,15 +56,6 @@ def verify(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(other_base(where, info, injection.base, reason))
 
 
-def verify_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> None:
-    """Raise unless a file holds what its own section lists."""
-    if info.get("save") == "full":
-        return
-    missing, extra = set(info["keys"]) - set(state), set(state) - set(info["keys"])
-    if missing or extra:
-        raise CheckpointError(_misfit(where, missing, extra))
-
-
 def verify_tensors(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Raise unless names and shapes of ``state`` are those of the adapter in ``model``."""
     needed, tensors = required_names(model), model_tensors(model)
@@ -95,7 +63,7 @@ def verify_tensors(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     known = set(needed) | set(dict(model.named_buffers()))  # statistics travel only when they moved
     extra = [n for n in state if n not in known]
     if missing or extra:
-        raise CheckpointError(_misfit(where, missing, extra))
+        raise CheckpointError(misfit(where, missing, extra))
     wrong = [
         f"{n} {tuple(t.shape)} (here {tuple(tensors[n].shape)})"
         for n, t in state.items()
@@ -103,6 +71,16 @@ def verify_tensors(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     ]
     if wrong:
         raise CheckpointError(f"{where} has other shapes than the adapters in the model: {some(wrong)}.")
+    kinds = [
+        f"{n} {t.dtype} (here {tensors[n].dtype})"
+        for n, t in state.items()
+        if n in tensors
+        and t.dtype != tensors[n].dtype
+        and not (t.is_floating_point() and tensors[n].is_floating_point())
+    ]
+    if kinds:
+        raise CheckpointError(f"{where} has tensors of another type than the model: {some(kinds)}.")
+    verify_finite({n: state[n] for n in needed}, where)
 
 
 def other_base(where: str, info: Mapping[str, Any], ours: Mapping[str, Any], reason: str) -> str:
@@ -117,12 +95,6 @@ def source(info: Mapping[str, Any]) -> str:
     """Where the base came from, if it is known."""
     path = info["base"].get("source")
     return f" from {path}" if path else ""
-
-
-def some(names: Collection[str], count: int = 4) -> str:
-    """The first few names."""
-    names = sorted(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _verify_methods(injection: Injection, theirs: list[Method], info: Mapping[str, Any], where: str) -> None:
@@ -144,20 +116,13 @@ def _verify_methods(injection: Injection, theirs: list[Method], info: Mapping[st
 
 def _verify_config(mine: dict[str, Any], other: dict[str, Any], free: Collection[str], what: str) -> None:
     wrong = [
-        f"{k}={other.get(k)!r} (here {mine.get(k)!r})" for k in mine if k not in free and mine.get(k) != other.get(k)
+        f"{k}={short(repr(other.get(k)))} (here {mine.get(k)!r})"
+        for k in mine
+        if k not in free and mine.get(k) != other.get(k)
     ]
     if wrong:
         raise CheckpointError(f"{what} differs from the one in the model: {', '.join(wrong)}. Use the file's settings.")
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
 def _listed(names: Collection[str]) -> str:
     return some(names) if names else "nothing"
-
-
-def _misfit(where: str, missing: Collection[str], extra: Collection[str]) -> str:
-    parts = [f"it lacks {some(missing)}" if missing else "", f"it has in excess {some(extra)}" if extra else ""]
-    return f"{where} does not fit the adapters in the model: {'; '.join(p for p in parts if p)}."

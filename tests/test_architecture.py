@@ -18,7 +18,8 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
-    ["quantized", "paths"],
+    ["paths"],
+    ["quantized", "replacing", "guards", "sections"],
     ["adapted"],
     ["match", "bottleneck.sites"],
     ["heads"],
@@ -44,7 +45,7 @@ LAYERS = [
     ["formats.peft"],
     ["formats"],
     ["export"],
-    ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
+    ["callbacks.hooks", "callbacks.best", "callbacks.checks", "callbacks.checkpoint_io", "callbacks.resuming"],
     ["callbacks.peft"],
     [
         "callbacks.merge",
@@ -69,7 +70,7 @@ LAYERS = [
     ["compare.training"],
     ["compare.comparison"],
     ["compare.table", "compare.plots"],
-    ["cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek"],
+    ["cli.configs", "cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek"],
     ["cli.base", "cli.inspect"],
     ["cli.export", "cli.merge"],
     ["cli.run"],

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
+from lightning_peft.callbacks.resuming import take_resume
 from lightning_peft.checkpoint import fitting, make_way, reroot, section
 from lightning_peft.files import SECTION, split
 from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
@@ -104,9 +105,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         return
     state, info = split(checkpoint, "The checkpoint")
     fitted = fitting(module, state, info, "The checkpoint")
+    if info.get("resume") and "optimizer_states" in checkpoint:
+        take_resume(module, checkpoint, info["resume"])
     checkpoint["state_dict"] = reroot(state, info, module) if info.get("save") == "full" else fitted
     make_way(module, checkpoint["state_dict"])
-    resume = info.get("resume")
-    if resume and "optimizer_states" in checkpoint:
-        for method, saved in zip(require(module)[0].methods, resume["methods"], strict=True):
-            method.load_resume_state(module, saved)

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_peft.callbacks.best import best_adapter
-from lightning_peft.files import ADAPTER, replacing, write_adapter
+from lightning_peft.files import ADAPTER, write_adapter
 from lightning_peft.formats.card import card
+from lightning_peft.replacing import replacing
 from lightning_peft.summary import summarize
 
 

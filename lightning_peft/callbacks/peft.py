@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_peft.callbacks.checkpoint_io import use_safe_files
 from lightning_peft.callbacks.checks import (
     check_nothing_new,
     check_optimizers,
@@ -73,6 +74,7 @@ class PEFT(L.Callback):
         """Inject now, or defer to the end of ``configure_model``."""
         check_trainer(trainer)
         check_strategy(trainer)
+        use_safe_files(trainer)
         self._check_order(trainer, pl_module, stage)
         deferred = is_overridden("configure_model", pl_module)
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not deferred:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.errors import ConfigError, TrainingError
-from lightning_peft.files import replacing
+from lightning_peft.replacing import replacing
 
 _WRITERS = (".csv", ".jsonl")
 

@@ -24,6 +24,10 @@ Options of a command: lightning-peft fit --help. A method's options: lightning-p
 Without --config, validate, test and predict read the config that fit saved beside --ckpt_path."""
 
 
+#: parts of messages that Lightning means for the user and raises as general errors
+_MEANT = ("conditioned on metric", "is set but", "is not in bounds, numpy accepts")
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 2 after a user's error (one message, no traceback)."""
     words = list(sys.argv[1:] if args is None else args)
@@ -84,8 +88,10 @@ def _known(error: BaseException | None) -> str | None:
     """The message of the first error in the chain that was meant for the user."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    while error is not None:
-        if isinstance(error, (PEFTError, MisconfigurationException)):
-            return str(error)
-        error = error.__cause__ or error.__context__
+    from lightning_peft.cli.messages import chain
+
+    for e in chain(error):
+        meant = isinstance(e, (RuntimeError, ValueError)) and any(part in str(e) for part in _MEANT)
+        if meant or isinstance(e, (PEFTError, MisconfigurationException)):
+            return " ".join(str(e).split())
     return None

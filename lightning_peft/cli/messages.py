@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+#: what a class_path may stand for where none is given
+_BASES = ("Method", "LightningModule", "LightningDataModule", "Callback", "Logger")
 
 
 def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping[str, Sequence[str]]) -> str:
@@ -25,36 +30,104 @@ def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping
     keys = re.findall(r'Parser key "([^"]+)"', message)
     key = ".".join(dict.fromkeys([keys[0], keys[-1]])) if keys else ""
     inner = message[message.rindex("Parser key") :] if keys else message  # the innermost of nested reports
+    for find in (_class, _required, _option, _file):
+        text = find(key, inner, message, classes, options)
+        if text:
+            return text
+    value = re.search(r"Expected an? (.+?)\. Got value: (.+)", inner)
+    union = re.search(r"Subtypes: \[(.+)\]\n.*?Given value: ([^\n]+)", inner, re.DOTALL)
+    found = value or union
+    if not found:
+        return _shortest(message)
+    given = found[2].strip()
+    quote = f" YAML reads the word so; quote it: '\"{given}\"'." if given in ("True", "False") else ""
+    return f"{key}: expected {_type(found[1])}, got {given!r}.{quote}"
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _class(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
+    """A class that is not known, cannot be imported, or is one of another kind."""
     unknown = re.search(r"Expected a dot import path string: (\S+)", message)
     if unknown:
         return _unknown_class(key, unknown[1], classes)
-    option = re.search(r"(?:Option|[Kk]ey) '([^']+)' is not (?:accepted|expected)", message)
-    if option:
-        return _unknown_option(key, option[1], message, options)
+    value = re.search(r"Given value: (\S+)$", inner, re.MULTILINE)
+    kind = re.search(r"Import path does not correspond to a subclass of (\w+)", inner)
+    if kind and value:
+        return f"{key}: {value[1]} is no {kind[1]}.{_known(key, classes)}"
+    lost = re.search(r"No module named '[^']+'|module '[^']+' has no attribute '[^']+'", inner)
+    if lost and value:
+        return f"{key}: {value[1]} cannot be imported ({lost[0]}).{_known(key, classes)}"
+    return None
+
+
+def _required(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
+    """Options that a class or the command cannot do without."""
+    needed = re.search(r"following arguments are required: ([^\n]+)", message)
+    if not needed:
+        return None
+    owners = re.findall(r"class_path(?:=| )'([\w.]+)'", message[: needed.start()] + inner)
+    kind = owners[-1].rsplit(".", 1)[-1] if owners else "the command"
+    names = re.sub(r"\b(fit|validate|test|predict)\.", "", needed[1].strip())
+    first = names.split(", ")[0]
+    return f"{key + ': ' if key else ''}{kind} needs {names}; give --{key + '.' if key else ''}{first}."
+
+
+def _option(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
+    """A name that nobody knows."""
+    command = re.search(r"Subcommand '(\w+)' does not accept option '([^']+)'", message)
+    if command:
+        return f"{command[1]} has no option {command[2]!r}.{_near(command[2].split('.')[-1], _all(options))}"
+    option = re.search(r"(?:Option|[Kk]ey) '([^']+)' is not (?:accepted|expected)([^\n]*)", message)
+    if not option or 0 <= inner.find("Got value: ") < inner.find(option[0]):  # the value is wrong, not the name
+        return None
+    owner = re.search(r"class_path='([\w.]+)'", option[2]) or re.search(r"given class_path '([\w.]+)'", message)
+    path = owner[1] if owner and owner[1].rsplit(".", 1)[-1] not in _BASES else ""
+    return _unknown_option(key, option[1], path, {**_signature(path), **options})
+
+
+def _file(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
-    if missing:
-        return f"{key + ': ' if key else ''}the file {missing[1]} does not exist."
-    value = re.search(r"Expected an? (.+?)\. Got value: (.+)", inner)
-    union = re.search(r"Subtypes: \[(.+?)\]\s.*?Given value: ([^\n]+)", inner, re.DOTALL)
-    found = value or union
-    return f"{key}: expected {_type(found[1])}, got {found[2].strip()!r}." if found else _shortest(message)
+    return f"{key + ': ' if key else ''}the file {missing[1]} does not exist." if missing else None
+
+
+def _signature(path: str) -> dict[str, list[str]]:
+    """The options of a class that was imported already."""
+    module, _, name = path.rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    return {name: list(inspect.signature(kind).parameters)} if isinstance(kind, type) else {}
+
+
+def _known(key: str, classes: Mapping[str, Sequence[str]]) -> str:
+    known = classes.get(key.split(".")[-1], [])
+    return f" Known: {', '.join(known)}." if known else " Give a short class name or a full import path."
 
 
 def _unknown_class(key: str, name: str, classes: Mapping[str, Sequence[str]]) -> str:
-    known = classes.get(key.split(".")[-1], [])
-    hint = _near(name, known)
-    listed = f" Known: {', '.join(known)}." if known else " Give a short class name or a full import path."
-    return f"{key or 'class_path'}: unknown class {name!r}.{hint}{listed}"
+    hint = _near(name, classes.get(key.split(".")[-1], []))
+    return f"{key or 'class_path'}: unknown class {name!r}.{hint}{_known(key, classes)}"
 
 
-def _unknown_option(key: str, name: str, message: str, options: Mapping[str, Sequence[str]]) -> str:
-    owner = re.search(r"Problem with given class_path '([\w.]+)'", message)
-    kind = owner[1].rsplit(".", 1)[-1] if owner else ""
-    known = list(options.get(kind) or [n for names in options.values() for n in names])
-    hint = _near(name.split(".")[-1], known)
+def _unknown_option(key: str, name: str, path: str, options: Mapping[str, Sequence[str]]) -> str:
+    kind = path.rsplit(".", 1)[-1]
+    known = list((options.get(kind) if kind else None) or _all(options))
+    if name in known:
+        whose = f"{kind} was found" if kind else "no class_path stands beside it"
+        place = f"{key}: " if key else ""
+        return f"{place}Option {name!r} belongs to a class, and {whose}. Give class_path and init_args."
+    hint = _near(name.split(".")[0], ["class_path", "init_args"]) or _near(name.split(".")[-1], known)
     if kind and kind in options:
         return f"{kind} has no option {name!r}.{hint} It has: {', '.join(known)}."
     return f"{key + ': ' if key else ''}Option {name!r} is not accepted.{hint or ' See --help.'}"
+
+
+def _all(options: Mapping[str, Sequence[str]]) -> list[str]:
+    return [*(n for names in options.values() for n in names), "peft", "model", "data", "trainer", "ckpt_path"]
 
 
 def _near(name: str, known: Sequence[str]) -> str:
@@ -69,11 +142,14 @@ def _type(text: str) -> str:
     >>> _type("<class 'float'>, <class 'NoneType'>"), _type("typing.Literal['a', 'b']")
     ('float or nothing', 'one of a, b')
     """
-    choices = re.search(r"Literal\[(.+)\]", text)
+    text = text.replace("collections.abc.", "").replace("typing.", "")
+    choices = re.findall(r"Literal\[([^\]]+)\]", text)
     if choices:
-        return "one of " + choices[1].replace("'", "")
+        words = [word for group in choices for word in group.replace("'", "").split(", ")]
+        return "one of " + ", ".join(dict.fromkeys(words))
     names = re.sub(r"<class '([^']+)'>", r"\1", text).replace("NoneType", "nothing")
-    return " or ".join(part.strip().rsplit(".", 1)[-1] for part in names.split(", "))
+    parts = re.split(r", (?![^\[]*\])", names)  # not inside brackets
+    return " or ".join(re.sub(r"[\w.]+\.(\w+)", r"\1", part.strip()) for part in parts)
 
 
 def _shortest(message: str) -> str:

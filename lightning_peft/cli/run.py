@@ -12,17 +12,21 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
 from lightning_peft.callbacks import PEFT
-from lightning_peft.cli.messages import explain
+from lightning_peft.cli.configs import check_config
+from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate, read
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
+from lightning_peft.replacing import replacing
+from lightning_peft.sections import short
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 _DATA = (TextDataModule, ImageDataModule, AudioDataModule)
@@ -53,18 +57,22 @@ def _options() -> dict[str, list[str]]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the config into the run's folder and into the loggers."""
+    """Writes the config into the run's folder and into the loggers once training begins."""
 
     def __init__(self, parser: Any, config: Any, **options: Any) -> None:
         super().__init__(parser, config, **{**options, "save_to_log_dir": False})
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Not yet."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Now everything that a config can get wrong has been tried."""
+        super().setup(trainer, pl_module, "fit")
+
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Only a fit is worth repeating from its config."""
-        if stage != "fit":
-            return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True)
+        with replacing(Path(trainer.default_root_dir) / "config.yaml") as temporary:
+            self.parser.save(self.config, temporary, skip_none=False, overwrite=True)
         for logger in trainer.loggers:
             if isinstance(logger, Logger):
                 logger.log_hyperparams({"cli": _plain(self.config)})
@@ -80,8 +88,27 @@ class PEFTCLI(LightningCLI):
         )
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Measure the best weights after fit.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """What the parser does not report itself is the user's input all the same."""
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:
+            raise ConfigError(explain(str(error), _classes(), _options())) from error
+
+    def instantiate_classes(self) -> None:
+        """Constructors of Lightning and torch complain in many ways; they had nothing but the config to complain of."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError, ImportError, OSError) as error:
+            if any(isinstance(e, (PEFTError, MisconfigurationException)) for e in chain(error)):
+                raise
+            raise ConfigError(short(error, 1000)) from error
+
     def before_instantiate_classes(self) -> None:
         """Look at a checkpoint before data and model are loaded; keep W&B quiet."""
+        trainer = self._get(self.config, "trainer")
+        if not hasattr(trainer, "get"):
+            raise ConfigError(f"trainer: expected a mapping of options, got {trainer!r}.")
         path = self._get(self.config, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
             if locate(path).is_dir():
@@ -90,7 +117,7 @@ class PEFTCLI(LightningCLI):
                     " adapter folder."
                 )
             read(path)
-        if "WandbLogger" in str(self._get(self.config, "trainer").get("logger")):
+        if "WandbLogger" in str(trainer.get("logger")):
             silence_wandb()
 
     def _parse_ckpt_path(self) -> None:
@@ -100,6 +127,8 @@ class PEFTCLI(LightningCLI):
         """Put the method first among the callbacks: those that copy the module must come after it."""
         method = self._get(self.config_init, "peft")
         config = self._get(self.config_init, "trainer")
+        if config.get("accumulate_grad_batches", 1) < 1:
+            raise ConfigError(f"trainer.accumulate_grad_batches={config.accumulate_grad_batches}: give at least 1.")
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         own = next((c for c in callbacks if isinstance(c, PEFT)), None)
@@ -152,6 +181,7 @@ def expand(words: list[str]) -> list[str]:
         name, separator, value = word.partition("=")
         if name in ("-c", "--config") and (separator or i + 1 < len(found)):
             place = _config(value if separator else found[i + 1])
+            check_config(place)
             found[i if separator else i + 1] = f"{name}={place}" if separator else place
     if words[0] in ("validate", "test", "predict") and not any(w.split("=")[0] in ("-c", "--config") for w in words):
         beside = _beside(words)

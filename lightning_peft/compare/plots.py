@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_peft.compare.comparison import Outcome
 from lightning_peft.compare.plan import lower_is_better
-from lightning_peft.files import replacing
+from lightning_peft.replacing import replacing
 
 #: eight inches at this resolution are 1600 pixels: sharp at the 800 of a README
 _DPI = 200

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.files import replacing
+from lightning_peft.replacing import replacing
 
 
 class Results:

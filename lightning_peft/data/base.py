@@ -64,6 +64,8 @@ class SplitDataModule(L.LightningDataModule, ABC):
         for name in ("batch_size", "eval_batch_size", "max_train_samples", "max_eval_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name}={value}: give at least 1.")
+        if (workers := getattr(self, "num_workers", 0)) is not None and workers < 0:
+            raise ConfigError(f"num_workers={workers}: give at least 0.")
 
     # what subclasses define
 
@@ -234,7 +236,7 @@ class SplitDataModule(L.LightningDataModule, ABC):
         how = ", every class its share" if by_class else ""
         said = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
         rank_zero_info(f"Split {len(train):,} rows: {said} (seed {self.seed}{how}).")
-        return {**raw, **{name: take(train, part) for name, part in parts.items()}}
+        return {**raw, **{name: take(train, part) for name, part in parts.items() if part}}
 
     def _distinct(self, rows: Dataset) -> Dataset:
         if not self.drop_duplicates:

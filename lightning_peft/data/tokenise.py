@@ -217,8 +217,8 @@ def tokenise(rows: Dataset, encoder: Encoder, keep: Sequence[str], split: str, c
     if rank_zero_only.rank != 0:
         disable_progress_bars()
     done = rows.map(encoder, batched=True, remove_columns=drop, desc=f"Tokenising {split}", **options)
-    cut = sum(done["cut"])
-    if cut * 100 >= len(done):
+    cut = sum(done["cut"]) if len(done) else 0
+    if cut and cut * 100 >= len(done):
         share = f"{cut:,} of {len(done):,} {split} rows ({cut / len(done):.0%})"
         rank_zero_info(f"{share} are longer than max_length={encoder.max_length} tokens and were cut.")
     return done

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_peft.errors import CheckpointError, PEFTError
-from lightning_peft.files import load_checkpoint, locate, replacing
+from lightning_peft.files import load_checkpoint, locate
 from lightning_peft.method import Method
+from lightning_peft.replacing import replacing_folder
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TUNER, PROMPT = "base_model.model.", "base_model."
@@ -112,12 +113,11 @@ def read_folder(path: str | os.PathLike) -> Folder:
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Three files, each complete under its name or absent; the same content gives the same bytes."""
+    """Three files, together complete or absent; the same content gives the same bytes."""
     if folder.is_file():
         raise PEFTError(f"{folder} is a file; give a folder.")
     held = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file(held, temporary, metadata={"format": "pt"})
-    for name, text in ((CONFIG, json.dumps(config, indent=2, sort_keys=True)), ("README.md", card)):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text)
+    with replacing_folder(folder) as temporary:
+        save_file(held, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        (temporary / "README.md").write_text(card)

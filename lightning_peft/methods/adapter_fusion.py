@@ -17,6 +17,7 @@ from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PE
 from lightning_peft.files import read
 from lightning_peft.fingerprint import difference, fingerprint
 from lightning_peft.method import Method, registry
+from lightning_peft.sections import verify_finite
 
 
 class Fusion(Delta):
@@ -137,6 +138,13 @@ class AdapterFusion(AdapterMethod):
         """The fields as plain values; after injection with the adapters' own method."""
         known = self.adapter is None and "_inner" in self.__dict__
         return super().config() | ({"adapter": _entry(self.inner)} if known else {})
+
+    @classmethod
+    def rebuilt(cls, config: Mapping[str, Any]) -> Method:
+        """From a file of a fusion, which describes the adapters itself: no other file is opened on its behalf."""
+        if config.get("adapter") is None:
+            raise ConfigError("it does not say what its adapters are.")
+        return cls(**config)
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The places of the adapters, in which the files must agree."""
@@ -272,6 +280,9 @@ def _fill(deltas: Mapping[str, Delta], path: str, where: str) -> None:
                 raise CheckpointError(
                     f"{where}: {name}.delta.{leaf} is {tuple(value.shape)}, this model needs {tuple(parameter.shape)}."
                 )
+            if not value.is_floating_point():
+                raise CheckpointError(f"{where}: {name}.delta.{leaf} holds {value.dtype}, no numbers to compute with.")
+            verify_finite({f"{name}.delta.{leaf}": value}, where)
             if not parameter.is_meta:
                 parameter.data.copy_(value)
             open_.pop(id(parameter), None)

@@ -60,6 +60,10 @@ def check(task: Task, names: Sequence[str] | None, arguments: Mapping[str, Any])
     """Raise a `ConfigError` for arguments of a `TaskModule` that are wrong or exclude each other."""
     a = arguments
     check_warmup(a["warmup"])
+    if a["lr"] is not None and not 0 < a["lr"] < float("inf"):
+        raise ConfigError(f"lr={a['lr']}: give a learning rate above 0, for example 2e-4.")
+    if not 0 <= a["weight_decay"] < float("inf"):
+        raise ConfigError(f"weight_decay={a['weight_decay']}: give at least 0.")
     for option, allowed in (("base_mode", ("train", "eval")), ("lr_interval", ("epoch", "step"))):
         if a[option] not in allowed:
             raise ConfigError(f"{option}={a[option]!r}: choose {' or '.join(map(repr, allowed))}.")

@@ -1,0 +1,60 @@
+"""Checkpoints of a run, written so that a kill or a full disk leaves no half file, and read without unpickling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+from lightning_peft.errors import CheckpointError
+from lightning_peft.files import load_checkpoint
+from lightning_peft.replacing import replacing
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """What Lightning does, with a temporary file beside the checkpoint in place of one in the system's folder for them.
+
+    That folder is often on another disk. Then Lightning's last step is no renaming but a copy onto the final name, and
+    what was there before is lost when the process is killed or the disk is full in the midst of it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a local file through a temporary name beside it; anything else goes Lightning's way."""
+        if storage_options is not None or not _is_local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a local file, strictly; with ``weights_only=False`` the user trusts it and Lightning reads it."""
+        if weights_only is False or not _is_local(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        if not Path(path).is_file():
+            raise CheckpointError(f"{path} does not exist, or is no file.")
+        return load_checkpoint(Path(path), map_location, mmap=False)
+
+
+def use_safe_files(trainer: L.Trainer) -> None:
+    """Replace Lightning's plain reader and writer; one that the user chose stays, as do those of sharded strategies."""
+    strategy, outer = trainer.strategy, None
+    io: Any = strategy.checkpoint_io
+    while isinstance(io, _WrappingCheckpointIO):
+        outer, io = io, io.checkpoint_io
+    if type(io) is not TorchCheckpointIO:
+        return
+    if outer is None:
+        strategy.checkpoint_io = SafeCheckpointIO()
+    else:
+        outer._checkpoint_io = SafeCheckpointIO()
+
+
+def _is_local(path: Any) -> bool:
+    return "://" not in str(path)

@@ -1,0 +1,61 @@
+"""The part of a checkpoint that only a resume needs, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lightning_peft.errors import CheckpointError
+from lightning_peft.trainable import require, trainable_names
+
+_KINDS = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "callbacks": dict, "epoch": int}
+_KINDS |= {"global_step": int}
+#: states of torch's optimizers that have the shape of their parameter
+_ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
+
+
+def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume: Any) -> None:
+    """Check what Lightning will load after the weights, and give the methods back their own part.
+
+    Raises:
+        CheckpointError: a part is of another type or shape; nothing has been loaded yet.
+    """
+    broken = [k for k, kind in _KINDS.items() if k in checkpoint and not isinstance(checkpoint[k], kind)]
+    for key in ("optimizer_states", "lr_schedulers"):
+        if key not in broken and not all(isinstance(entry, dict) for entry in checkpoint.get(key, [])):
+            broken.append(key)
+    named = dict(module.named_parameters())
+    shapes = {named[n].shape for n in trainable_names(module)}
+    if "optimizer_states" not in broken and not _fitting(checkpoint["optimizer_states"], shapes):
+        broken.append("optimizer_states")
+    if broken:
+        raise CheckpointError(_damaged(", ".join(broken)))
+    try:
+        for method, saved in zip(require(module)[0].methods, resume["methods"], strict=True):
+            method.load_resume_state(module, saved)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(_damaged(str(error))) from error
+
+
+def _fitting(states: list[dict[str, Any]], shapes: Collection[torch.Size]) -> bool:
+    """Whether moments have the shape of something that trains, as far as their kind is known."""
+    for state in states:
+        entries = state.get("state", {})
+        for entry in entries.values() if isinstance(entries, dict) else [None]:
+            if not isinstance(entry, dict):
+                return False
+            moments = [entry[key] for key in _ALIKE if isinstance(entry.get(key), Tensor)]
+            if any(m.shape not in shapes or not torch.isfinite(m).all() for m in moments if type(m) is Tensor):
+                return False
+    return True
+
+
+def _damaged(what: str) -> str:
+    return (
+        f"The checkpoint's part for resuming is damaged: {what}. Start a new run from its weights with"
+        " PEFT(init_from=PATH), or resume from an earlier checkpoint."
+    )
