@@ -59,7 +59,7 @@ LAYERS = [
     ["task.predictions", "task.objectives"],
     ["task"],
     ["module"],
-    ["cli.messages", "cli.quiet", "cli.methods", "cli.screen"],
+    ["cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.bar"],
     ["cli.run"],
     ["cli"],
     ["__main__"],

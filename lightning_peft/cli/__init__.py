@@ -65,5 +65,7 @@ def _known(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, (PEFTError, MisconfigurationException)):
             return str(error)
+        if isinstance(error, OSError) and error.filename:  # a full disk, a file in the way, no permission
+            return f"{error.filename}: {error.strerror}."
         error = error.__cause__ or error.__context__
     return None

@@ -31,17 +31,33 @@ def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping
     option = re.search(r"(?:Option|[Kk]ey) '([^']+)' is not (?:accepted|expected)", message)
     if option:
         return _unknown_option(key, option[1], message, options)
+    choice = re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message)
+    if choice:
+        known = re.findall(r"'([^']+)'", choice[2])
+        return f"unknown command {choice[1]!r}.{_near(choice[1], known)} Commands: {', '.join(known)}."
+    needed = re.search(r"the following arguments are required: ([\w., ]+)", message)
+    if needed:
+        return _required(key, needed[1], message)
+    if absent := re.search(r"module '[\w.]+' has no attribute '\w+'", message):
+        return f"{key}: {absent[0]}."
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
     if missing:
         return f"{key + ': ' if key else ''}the file {missing[1]} does not exist."
     value = re.search(r"Expected an? (.+?)\. Got value: (.+)", inner)
-    union = re.search(r"Subtypes: \[(.+?)\]\s.*?Given value: ([^\n]+)", inner, re.DOTALL)
+    union = re.search(r"Subtypes: \[(.+?)\]\n.*?Given value: ([^\n]+)", inner, re.DOTALL)
     found = value or union
     return f"{key}: expected {_type(found[1])}, got {found[2].strip()!r}." if found else _shortest(message)
 
 
+def _required(key: str, names: str, message: str) -> str:
+    owner = re.search(r"class_path='([\w.]+)'", message)
+    if owner:
+        return f"{key}: {owner[1].rsplit('.', 1)[-1]} needs {names}."
+    return f"{names} missing. Give a config, --config quickstart.yaml or --config task/own_csv.yaml, or these options."
+
+
 def _unknown_class(key: str, name: str, classes: Mapping[str, Sequence[str]]) -> str:
-    known = classes.get(key.split(".")[-1], [])
+    known = classes.get(key.split(".")[-1], []) if key else sorted(n for names in classes.values() for n in names)
     hint = _near(name, known)
     listed = f" Known: {', '.join(known)}." if known else " Give a short class name or a full import path."
     return f"{key or 'class_path'}: unknown class {name!r}.{hint}{listed}"
@@ -66,13 +82,16 @@ def _near(name: str, known: Sequence[str]) -> str:
 def _type(text: str) -> str:
     """A type as a person writes it.
 
-    >>> _type("<class 'float'>, <class 'NoneType'>"), _type("typing.Literal['a', 'b']")
-    ('float or nothing', 'one of a, b')
+    >>> _type("<class 'float'>, <class 'NoneType'>"), _type("typing.Literal['a', 'b'], typing.Literal['b', 1]")
+    ('float or nothing', 'one of a, b, 1')
+    >>> _type("<class 'x.Method'>, list[x.Method]")
+    'Method or list of Method'
     """
-    choices = re.search(r"Literal\[(.+)\]", text)
+    choices = re.findall(r"Literal\[(.+?)\]", text)
     if choices:
-        return "one of " + choices[1].replace("'", "")
+        return "one of " + ", ".join(dict.fromkeys(re.split(", ", ", ".join(choices).replace("'", ""))))
     names = re.sub(r"<class '([^']+)'>", r"\1", text).replace("NoneType", "nothing")
+    names = re.sub(r"\b(\w+)\[[\w.]*?(\w+)\]", r"\1 of \2", names)
     return " or ".join(part.strip().rsplit(".", 1)[-1] for part in names.split(", "))
 
 
