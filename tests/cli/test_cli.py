@@ -175,6 +175,8 @@ def test_quick_answers(capsys):
     assert all(name in table for name in registry() if registry()[name].__module__.startswith("lightning_peft."))
     code = "import sys; from lightning_peft.cli import main; main(['methods']); assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    piped = f"set -o pipefail; {sys.executable} -m lightning_peft methods | sleep 0"
+    assert subprocess.run(["bash", "-c", piped], capture_output=True).stderr == b""
     assert main(["fitt"]) == 2 and "unknown command 'fitt'. Did you mean fit?" in capsys.readouterr().err
     assert main(["test", "--ckpt_path", "nope.ckpt"]) == 2
     assert "nope.ckpt does not exist" in capsys.readouterr().err
