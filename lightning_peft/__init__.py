@@ -83,6 +83,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # for `from lightning_peft import *`
+        return sorted({*_NAMES, *_methods()})
     if name.startswith("__"):
         raise AttributeError(name)
     home = _NAMES.get(name, "lightning_peft.methods")
@@ -97,5 +99,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    methods = import_module("lightning_peft.methods")
-    return sorted({*globals(), *_NAMES, *(n for n in vars(methods) if n[0].isupper())})
+    return sorted({*globals(), *_NAMES, *_methods()})
+
+
+def _methods() -> list[str]:
+    return [name for name in vars(import_module("lightning_peft.methods")) if name[0].isupper()]

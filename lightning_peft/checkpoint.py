@@ -151,8 +151,27 @@ def fitting(model: nn.Module, state: Mapping[str, Tensor], info: Mapping[str, An
     return state
 
 
-def inject_from(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
-    """Inject the methods a file describes at the modules it names."""
+def fitting_whole(model: nn.Module, state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> dict:
+    """As `fitting`, for a file with ``save="full"`` of which everything is to be loaded: it brings its own base."""
+    verify_section(info, where)
+    verify(model, info, where, values=False)
+    state = reroot(state, info, model)
+    injection, prefix, root = require(model)
+    known = set(adapter_names(model)) | set(required_names(model))
+    verify_tensors(model, {n: t for n, t in state.items() if n in known}, where)
+    lost = [n for n, _ in root.named_parameters() if prefix + n not in state]
+    if lost:
+        raise CheckpointError(f"{where} should hold the whole model (save='full'), but lacks {some(lost)}.")
+    injection.base = dict(info["base"])
+    moved = {n[len(info["network"]) :] for n in info["keys"]}
+    for name in injection.buffers:
+        if name not in moved and prefix + name in state:
+            injection.buffers[name] = state[prefix + name].detach().clone()
+    return state
+
+
+def inject_from(model: nn.Module, info: Mapping[str, Any], where: str, *, values: bool = True) -> None:
+    """Inject the methods a file describes at the modules it names; ``values`` of the base must be the file's."""
     verify_section(info, where)
     methods = [method_from(entry, where) for entry in info["methods"]]
     _, root = network(model)
@@ -173,7 +192,7 @@ def inject_from(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}: its methods do not fit {type(root).__name__}: {short(error)}") from error
     settle_outside(model)
     ours = require(model)[0].base
-    reason = difference(ours, info["base"])
+    reason = difference(ours, info["base"], values=values)
     if reason:
         withdraw(model)
         raise CheckpointError(other_base(where, info, ours, reason))

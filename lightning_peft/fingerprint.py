@@ -40,13 +40,15 @@ def fingerprint(model: nn.Module, skip: set[int]) -> dict[str, Any]:
     }
 
 
-def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """Why two fingerprints cannot be of one base, or None if they can."""
+def difference(ours: dict[str, Any], theirs: dict[str, Any], *, values: bool = True) -> str | None:
+    """Why two fingerprints cannot be of one base, or None if they can; without ``values`` names and shapes decide."""
     if ours["structure"] != theirs["structure"]:
         return (
             f"names or shapes differ (here {ours['class']} with {ours['parameters']:,} parameters, in the file"
             f" {theirs['class']} with {theirs['parameters']:,})"
         )
+    if not values:
+        return None
     a, b = _values(ours["sketch"]), _values(theirs["sketch"])
     if a.shape != b.shape:
         return "another set of parameters is frozen"

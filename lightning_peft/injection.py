@@ -14,7 +14,7 @@ from lightning_peft.fingerprint import fingerprint
 from lightning_peft.guards import undone_on_error
 from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
-from lightning_peft.method import Method
+from lightning_peft.method import Method, brief
 from lightning_peft.quantized import bits
 from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
 from lightning_peft.trainable import (
@@ -205,8 +205,9 @@ def _outside(method: Method, chosen: dict[str, nn.Module], saved: list[str]) -> 
 def _check_same(injection: Injection, methods: list[Method]) -> None:
     if injection.methods == methods:
         return
+    ours, theirs = (" + ".join(map(brief, some)) for some in (injection.methods, methods))
     raise ConfigError(
-        f"The model is adapted already, by {injection.methods}; it cannot take {methods} on top."
+        f"The model is adapted already, by {ours}; it cannot take {theirs} on top."
         " Call unload(model) or build the model again; give several methods at once as a list."
     )
 

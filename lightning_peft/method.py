@@ -185,6 +185,17 @@ def registry() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
+def brief(method: Method) -> str:
+    """A method with the fields that differ from their defaults.
+
+    >>> from lightning_peft import LoRA
+    >>> brief(LoRA(r=4))
+    'LoRA(r=4)'
+    """
+    given = [f for f in dataclasses.fields(method) if getattr(method, f.name) != _default(f)]  # type: ignore[arg-type]
+    return f"{type(method).__name__}({', '.join(f'{f.name}={getattr(method, f.name)!r}' for f in given)})"
+
+
 def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> None:
     """Set submodules by name, also in lists and dicts of modules, under every name the old one is known by."""
     new = {id(model.get_submodule(name)): module for name, module in swaps.items()}
@@ -203,6 +214,10 @@ def check_number(owner: str, field: str, value: float, low: float, *, high: floa
     if not low <= value or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{owner}({field}={value!r}): {field} must be {bound}.")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _plain(value: Any) -> Any:

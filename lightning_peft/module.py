@@ -185,8 +185,9 @@ class TaskModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adapt the network as the checkpoint describes, if nothing else has; the strict load follows."""
         if SECTION in checkpoint and find(self) is None:
-            inject_from(self, checkpoint[SECTION], "The checkpoint")
-            install(self, checkpoint[SECTION].get("save", "trainable"))
+            save = checkpoint[SECTION].get("save", "trainable")
+            inject_from(self, checkpoint[SECTION], "The checkpoint", values=save != "full")
+            install(self, save)
             self.on_load_checkpoint(checkpoint)  # now the installed hook, which compares and makes way
 
     # ---- training --------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_peft.callbacks.hooks import install
-from lightning_peft.checkpoint import adapter_state_dict, load_adapter
+from lightning_peft.checkpoint import adapter_state_dict, fitting_whole, inject_from, load_adapter, make_way
 from lightning_peft.errors import PEFTError
-from lightning_peft.files import SECTION, load_checkpoint, locate, read
+from lightning_peft.files import load_checkpoint, locate, read
 from lightning_peft.trainable import find
 
 Module = TypeVar("Module", bound=L.LightningModule)
@@ -46,10 +46,22 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
         type(module).on_load_checkpoint(module, load_checkpoint(file))
     else:
         module = _build(cls_or_module, file, kwargs)
-    if find(module) is None or not _is_loaded(module, state):
-        load_adapter(module, {"state_dict": state, SECTION: info})
+    if info.get("save") == "full":
+        _load_whole(module, state, info, str(file))
+    elif find(module) is None or not _is_loaded(module, state):
+        load_adapter(module, file)
     install(module, "trainable")
     return module
+
+
+def _load_whole(module: L.LightningModule, state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> None:
+    """All weights of a file that holds the base as well; the module's own may be random."""
+    if find(module) is None:
+        inject_from(module, info, where, values=False)
+    state = fitting_whole(module, state, info, where)
+    make_way(module, state)
+    install(module, "full")
+    module.load_state_dict(state)
 
 
 def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:
@@ -61,9 +73,16 @@ def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:
     if kwargs.pop("strict", True) is not True:
         raise PEFTError("strict=False would hide missing adapter tensors; the frozen weights may be missing anyway.")
     kwargs.setdefault("map_location", "cpu")
-    with warnings.catch_warnings():  # strict=False warns of the frozen weights; the strict load follows
-        warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
-        return kind.load_from_checkpoint(file, strict=False, **kwargs)
+    try:
+        with warnings.catch_warnings():  # strict=False warns of the frozen weights; the strict load follows
+            warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
+            return kind.load_from_checkpoint(file, strict=False, **kwargs)
+    except TypeError as error:
+        if "__init__() missing" not in str(error):
+            raise
+        raise PEFTError(
+            f"{error}. The checkpoint does not hold it; give it: load_from_checkpoint(…, NAME=…)."
+        ) from error
 
 
 def _is_loaded(module: L.LightningModule, state: Mapping[str, Tensor]) -> bool:

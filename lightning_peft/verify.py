@@ -41,8 +41,8 @@ def method_from(entry: Mapping[str, Any], where: str) -> Method:
         raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {short(error)}") from error
 
 
-def verify(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
-    """Compare a file's description with what is in the model."""
+def verify(model: nn.Module, info: Mapping[str, Any], where: str, *, values: bool = True) -> None:
+    """Compare a file's description with what is in the model, the base's ``values`` included."""
     injection = require(model)[0]
     theirs = [method_from(entry, where) for entry in info["methods"]]
     _verify_methods(injection, theirs, info, where)
@@ -51,7 +51,7 @@ def verify(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
             f"{where} trains {_listed(info['modules_to_save'])} in full, the model {_listed(injection.saved)}."
             " Use the same modules_to_save."
         )
-    reason = difference(injection.base, info["base"])
+    reason = difference(injection.base, info["base"], values=values)
     if reason:
         raise CheckpointError(other_base(where, info, injection.base, reason))
 

@@ -70,7 +70,7 @@ LAYERS = [
     ["compare.training"],
     ["compare.comparison"],
     ["compare.table", "compare.plots"],
-    ["cli.configs", "cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek"],
+    ["cli.configs", "cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek", "cli.bar"],
     ["cli.base", "cli.inspect"],
     ["cli.export", "cli.merge"],
     ["cli.run"],
@@ -173,6 +173,9 @@ def test_methods_and_configs_agree(root):
 
 
 def test_public_names_exist():
+    star: dict = {}
+    exec("from lightning_peft import *", star)
+    assert {"PEFT", "LoRA", "TaskModule", "load_adapter"} <= set(star) and set(lightning_peft.__all__) <= set(star)
     for name in dir(lightning_peft):
         getattr(lightning_peft, name)
     with pytest.raises(AttributeError, match=r"no attribute 'LORA'\. Did you mean 'LoRA'"):

@@ -6,17 +6,23 @@ the module's own hooks are always called, and last. They hold no closures, so th
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks.resuming import take_resume
-from lightning_peft.checkpoint import fitting, make_way, reroot, section
+from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
+from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
 from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
 
 _SAVE = "_peft_save"
+_LEFT_OUT = "_peft_left_out"
 
 
 def install(pl_module: L.LightningModule, save: str) -> None:
@@ -87,6 +93,37 @@ def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     if "optimizer_states" in checkpoint:
         info["resume"] = _resume(module)
     checkpoint[SECTION] = info
+    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, L.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint[key] = _loadable(module, checkpoint[key])
+
+
+def _loadable(module: L.LightningModule, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters without objects: a network among them is the whole base once more, and no object can be read
+    back with ``weights_only``."""
+    lost = [name for name, value in stored.items() if not _reads_back(value)]
+    if lost and module.__dict__.setdefault(_LEFT_OUT, lost) is lost:  # once
+        rank_zero_warn(
+            f"The hyper-parameters {', '.join(lost)} are objects and are left out of the checkpoints: otherwise these"
+            f" could not be read with weights_only. Reload with load_from_checkpoint(…, {lost[0]}=…); to silence this:"
+            f" save_hyperparameters(ignore={lost!r})."
+        )
+    return {name: value for name, value in stored.items() if name not in lost}
+
+
+def _reads_back(value: Any) -> bool:
+    """Whether a value survives ``torch.save`` and ``torch.load(weights_only=True)``."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    if isinstance(value, nn.Module):
+        return False
+    try:
+        torch.save(value, file := io.BytesIO())
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # whatever pickle and torch raise for what they cannot do
+        return False
+    return True
 
 
 def _resume(module: L.LightningModule) -> dict[str, Any]:
@@ -104,8 +141,19 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
     state, info = split(checkpoint, "The checkpoint")
-    fitted = fitting(module, state, info, "The checkpoint")
+    _refuse_weights_only(module, checkpoint)
+    fit = fitting_whole if info.get("save") == "full" else fitting
+    fitted = fit(module, state, info, "The checkpoint")
     if info.get("resume") and "optimizer_states" in checkpoint:
         take_resume(module, checkpoint, info["resume"])
-    checkpoint["state_dict"] = reroot(state, info, module) if info.get("save") == "full" else fitted
+    checkpoint["state_dict"] = fitted
     make_way(module, checkpoint["state_dict"])
+
+
+def _refuse_weights_only(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    trainer = module._trainer
+    if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            "The checkpoint holds weights only (save_weights_only=True), so training cannot go on from it. Start a new"
+            " fit from its values with PEFT(init_from=PATH), without ckpt_path."
+        )

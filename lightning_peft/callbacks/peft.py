@@ -91,8 +91,8 @@ class PEFT(L.Callback):
         fresh = find(pl_module) is None
         if fresh and self.methods is None and self.init_from is None:
             raise ConfigError(
-                "PEFT() needs a method such as PEFT(LoRA(r=8)), or init_from=PATH of a saved adapter;"
-                " the module has no adapters of its own."
+                "PEFT() needs a method such as PEFT(LoRA(r=8)) (in a command --peft LoRA), or init_from=PATH of a saved"
+                " adapter; the module has no adapters of its own."
             )
         if self.methods is not None:
             inject(pl_module, self.methods)

@@ -47,6 +47,11 @@ class TrainabilityCheck(L.Callback):
         """Remember the values."""
         self._reset()
         wanted, tests = set(trainable_names(pl_module)), [matcher(p) for p in self.ignore]
+        for pattern, test in zip(self.ignore, tests, strict=True):
+            if not any(_hits(test, name) for name in wanted):
+                raise TrainingError(
+                    f"TrainabilityCheck(ignore={pattern!r}) matches no trainable tensor, so it does nothing."
+                )
         for name, parameter in pl_module.named_parameters():
             if name in wanted and parameter.requires_grad and not any(_hits(t, name) for t in tests):
                 self._watched[name] = parameter
@@ -60,7 +65,7 @@ class TrainabilityCheck(L.Callback):
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._scale = scaler.get_scale() if scaler is not None else None
-        moving = {id(p) for g in optimizer.param_groups if float(g["lr"]) > 0 for p in g["params"]}
+        moving = {id(p) for g in optimizer.param_groups for p in g["params"] if _can_move(p, g)}
         for _, module in adapted_modules(pl_module):
             if not module.active:  # switched off in this step, by AdapterDrop for one
                 moving -= {id(p) for p in module.delta.parameters()}
@@ -102,6 +107,14 @@ def _hits(test: Any, name: str) -> bool:
     return any(test(".".join(parts[:i])) for i in range(1, len(parts) + 1))
 
 
+def _can_move(parameter: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the rate is above zero and, while it is still rising, above the rounding of the largest values."""
+    rate = float(group["lr"])
+    if rate == 0 or rate >= float(group.get("initial_lr", rate)):
+        return rate > 0
+    return rate > torch.finfo(parameter.dtype).eps * float(parameter.detach().abs().max())
+
+
 def _kind(grad: Tensor | None) -> str:
     if grad is None:
         return "none"
@@ -121,8 +134,16 @@ def _message(bad: dict[str, set[str]], watched: int) -> str:
     order = ("a finite gradient", "a gradient", "a non-zero gradient", "movement")
     rows = [f"{name} (no {next(o for o in order if o in lacks).removeprefix('a ')})" for name, lacks in bad.items()]
     more = f" and {len(rows) - 6} more" if len(rows) > 6 else ""
+    reasons = {
+        "a finite gradient": "The loss is NaN or infinite: lower the learning rate, or look at the data.",
+        "movement": "They have gradients, but the learning rate is too small for their dtype, or a step was not taken.",
+    }
+    unused = (
+        "Their module may not be used in the loss, or is cut off by detach() or no_grad; leave it out with"
+        " exclude_modules, or name it in TrainabilityCheck(ignore=[...])."
+    )
+    first = next(o for o in order if any(o in lacks for lacks in bad.values()))
     return (
         f"{len(rows)} of {watched} trainable tensors did not train in the first {_STEPS} optimizer steps:"
-        f" {', '.join(rows[:6])}{more}. Their module may not be used in the loss, or is cut off by detach() or no_grad;"
-        " leave it out with exclude_modules, or name it in TrainabilityCheck(ignore=[...])."
+        f" {', '.join(rows[:6])}{more}. {reasons.get(first, unused)}"
     )

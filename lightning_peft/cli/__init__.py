@@ -94,4 +94,6 @@ def _known(error: BaseException | None) -> str | None:
         meant = isinstance(e, (RuntimeError, ValueError)) and any(part in str(e) for part in _MEANT)
         if meant or isinstance(e, (PEFTError, MisconfigurationException)):
             return " ".join(str(e).split())
+        if isinstance(e, OSError) and e.filename:  # a full disk, a file in the way, no permission
+            return f"{e.filename}: {e.strerror}."
     return None

@@ -30,7 +30,7 @@ def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping
     keys = re.findall(r'Parser key "([^"]+)"', message)
     key = ".".join(dict.fromkeys([keys[0], keys[-1]])) if keys else ""
     inner = message[message.rindex("Parser key") :] if keys else message  # the innermost of nested reports
-    for find in (_class, _required, _option, _file):
+    for find in (_command, _class, _required, _option, _file):
         text = find(key, inner, message, classes, options)
         if text:
             return text
@@ -49,6 +49,15 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _command(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
+    """A command that is not known."""
+    choice = re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message)
+    if not choice:
+        return None
+    known = re.findall(r"'([^']+)'", choice[2])
+    return f"unknown command {choice[1]!r}.{_near(choice[1], known)} Commands: {', '.join(known)}."
 
 
 def _class(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
@@ -72,9 +81,11 @@ def _required(key: str, inner: str, message: str, classes: Mapping, options: Map
     if not needed:
         return None
     owners = re.findall(r"class_path(?:=| )'([\w.]+)'", message[: needed.start()] + inner)
-    kind = owners[-1].rsplit(".", 1)[-1] if owners else "the command"
+    kind = owners[-1].rsplit(".", 1)[-1] if owners else ""
     names = re.sub(r"\b(fit|validate|test|predict)\.", "", needed[1].strip())
     first = names.split(", ")[0]
+    if not kind:
+        return f"{names} missing. Give a config, --config quickstart.yaml or task/own_csv.yaml, or these options."
     return f"{key + ': ' if key else ''}{kind} needs {names}; give --{key + '.' if key else ''}{first}."
 
 
@@ -109,7 +120,8 @@ def _known(key: str, classes: Mapping[str, Sequence[str]]) -> str:
 
 
 def _unknown_class(key: str, name: str, classes: Mapping[str, Sequence[str]]) -> str:
-    hint = _near(name, classes.get(key.split(".")[-1], []))
+    known = classes.get(key.split(".")[-1], []) if key else sorted(n for names in classes.values() for n in names)
+    hint = _near(name, known)
     return f"{key or 'class_path'}: unknown class {name!r}.{hint}{_known(key, classes)}"
 
 
@@ -139,8 +151,10 @@ def _near(name: str, known: Sequence[str]) -> str:
 def _type(text: str) -> str:
     """A type as a person writes it.
 
-    >>> _type("<class 'float'>, <class 'NoneType'>"), _type("typing.Literal['a', 'b']")
-    ('float or nothing', 'one of a, b')
+    >>> _type("<class 'float'>, <class 'NoneType'>"), _type("typing.Literal['a', 'b'], typing.Literal['b', 1]")
+    ('float or nothing', 'one of a, b, 1')
+    >>> _type("<class 'x.Method'>, list[x.Method]")
+    'Method or list of Method'
     """
     text = text.replace("collections.abc.", "").replace("typing.", "")
     choices = re.findall(r"Literal\[([^\]]+)\]", text)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import sys
 import textwrap
 
 import lightning_peft.methods  # noqa: F401  (defines the classes)
@@ -14,7 +16,16 @@ _SHARED = ("target_modules", "exclude_modules", "modules_to_save", "layers", "in
 
 
 def show() -> None:
-    """Print the table: a line of facts a method, its parameters with their defaults below."""
+    """Print the table; a reader that has seen enough (``| head``) is no error."""
+    try:
+        _print()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
+def _print() -> None:
+    """A line of facts a method, its parameters with their defaults below."""
     width = max(60, shutil.get_terminal_size().columns)
     print(f"{'method':<18} {'learning rate':<18} merges  paper")
     for name, kind in registry().items():

@@ -15,6 +15,8 @@ _WARNINGS = (
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*You have overridden `on_before_batch_transfer`.*",
 )
+#: what they say at import is about kernels for other machines, and about each other
+_LOGGERS = ("torchao", "torch.utils._pytree")
 _TIPS = (
     "💡 Tip",
     "GPU available",
@@ -31,9 +33,12 @@ def environment() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if "WANDB_MODE" not in os.environ and not _wandb_key():
-        os.environ["WANDB_MODE"] = "offline"
+    if not _wandb_key():
+        os.environ.setdefault("WANDB_MODE", "offline")
+    if os.environ.get("WANDB_MODE") == "offline":
         os.environ.setdefault("WANDB_SILENT", "true")  # the last screen says where the run is and how to upload it
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
 

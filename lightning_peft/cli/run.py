@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 import time
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
-from lightning_peft.callbacks import PEFT
+from lightning_peft.callbacks import PEFT, PredictionWriter
+from lightning_peft.cli.bar import Bar
 from lightning_peft.cli.configs import check_config
 from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
@@ -29,6 +32,7 @@ from lightning_peft.replacing import replacing
 from lightning_peft.sections import short
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+_PREDICTIONS = "predictions.jsonl"
 _DATA = (TextDataModule, ImageDataModule, AudioDataModule)
 
 
@@ -45,7 +49,8 @@ class Parser(LightningArgumentParser):
 
 
 def _classes() -> dict[str, list[str]]:
-    callbacks = sorted(k.__name__ for k in _subclasses(L.Callback) if not k.__name__.startswith(("_", "SaveConfig")))
+    hidden = ("_", "SaveConfig", "Bar")
+    callbacks = sorted(k.__name__ for k in _subclasses(L.Callback) if not k.__name__.startswith(hidden))
     data = [d.__name__ for d in _DATA]
     return {"peft": list(registry()), "model": ["TaskModule"], "data": data, "callbacks": callbacks}
 
@@ -57,20 +62,24 @@ def _options() -> dict[str, list[str]]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the config into the run's folder and into the loggers once training begins."""
+    """Writes the config into the run's folder and into the loggers, of a fit that really starts.
+
+    A run that fails before must not take the place of the one whose checkpoints lie there.
+    """
 
     def __init__(self, parser: Any, config: Any, **options: Any) -> None:
         super().__init__(parser, config, **{**options, "save_to_log_dir": False})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Not yet."""
+        """Too early."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Now everything that a config can get wrong has been tried."""
-        super().setup(trainer, pl_module, "fit")
+        """Everything is built and checked."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Only a fit is worth repeating from its config."""
+        """Into both places."""
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as temporary:
             self.parser.save(self.config, temporary, skip_none=False, overwrite=True)
         for logger in trainer.loggers:
@@ -110,13 +119,20 @@ class PEFTCLI(LightningCLI):
         if not hasattr(trainer, "get"):
             raise ConfigError(f"trainer: expected a mapping of options, got {trainer!r}.")
         path = self._get(self.config, "ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry"):
+        if path == "best":
+            raise PEFTError("--ckpt_path best: nothing was trained in this command; give the checkpoint's file.")
+        if path and path not in ("last", "hpc", "registry"):
             if locate(path).is_dir():
                 raise PEFTError(
                     f"--ckpt_path {path} is a folder; give a .ckpt in it. PEFT(init_from=…) starts a new fit from an"
                     " adapter folder."
                 )
             read(path)
+            if Path(path).suffix == ".safetensors":
+                raise PEFTError(
+                    f"--ckpt_path {path} is an adapter by itself; the commands take a .ckpt. To start a fit from it:"
+                    f" --peft null --trainer.callbacks+=PEFT --trainer.callbacks.init_from {path}"
+                )
         if "WandbLogger" in str(trainer.get("logger")):
             silence_wandb()
 
@@ -136,7 +152,14 @@ class PEFTCLI(LightningCLI):
             raise PEFTError("Both --peft and a PEFT callback in trainer.callbacks are given; keep one.")
         if own is None:
             callbacks = [PEFT(method), *callbacks]
-        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
+            callbacks = [*callbacks, PredictionWriter(str(Path(config.get("default_root_dir") or ".", _PREDICTIONS)))]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks = [Bar(), *callbacks]
+        try:
+            return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        except (TypeError, ValueError) as error:  # options that exclude each other, or do not fit this machine
+            raise PEFTError(f"trainer: {error}") from error
 
     def before_fit(self) -> None:
         """Start the clock."""
@@ -184,8 +207,7 @@ def expand(words: list[str]) -> list[str]:
             check_config(place)
             found[i if separator else i + 1] = f"{name}={place}" if separator else place
     if words[0] in ("validate", "test", "predict") and not any(w.split("=")[0] in ("-c", "--config") for w in words):
-        beside = _beside(words)
-        found[1:1] = ["--config", str(beside)] if beside else []
+        found[1:1] = _beside(words)
     return found
 
 
@@ -193,17 +215,27 @@ def _config(value: str) -> str:
     if Path(value).exists():
         return value
     short = value.removeprefix("configs/")
-    return next((str(folder / short) for folder in SHIPPED if (folder / short).is_file()), value)
+    place = next((str(folder / short) for folder in SHIPPED if (folder / short).is_file()), None)
+    if place is None:
+        names = [str(p.relative_to(folder)) for folder in SHIPPED for p in sorted(folder.rglob("*.yaml"))]
+        near = difflib.get_close_matches(short, names, n=1)
+        hint = f"Did you mean {near[0]}?" if near else "Shipped are quickstart.yaml, task/, method/ and trainer/."
+        raise PEFTError(f"--config {value}: there is no such file. {hint}")
+    return place
 
 
-def _beside(words: list[str]) -> Path | None:
+def _beside(words: list[str]) -> list[str]:
+    """The option for the config that fit wrote into the folder of the checkpoint or the one above."""
     joined = [w.split("=", 1)[1] for w in words if w.startswith("--ckpt_path=")]
     apart = [b for a, b in pairwise(words) if a == "--ckpt_path"]
-    for path in (Path(p) for p in joined + apart):
+    for path in (locate(p) for p in joined + apart):
+        if not path.exists():
+            read(path)  # says what is there
         for folder in (path.parent, path.parent.parent):
             if (folder / "config.yaml").is_file():
-                return folder / "config.yaml"
-    return None
+                return ["--config", str(folder / "config.yaml")]
+        raise PEFTError(f"No config.yaml lies beside {path}, where fit writes it; give --config FILE.")
+    return []
 
 
 def _subclasses(kind: type) -> set[type]:

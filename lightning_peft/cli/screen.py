@@ -55,7 +55,7 @@ def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, 
         if isinstance(logger, WandbLogger):
             run = logger.experiment
             offline = run.settings.mode == "offline" or run.offline
-            rows.append(("W&B", f"{near(Path(run.dir).parent)} (offline)" if offline else str(run.url)))
+            rows.append(("W&B, offline", near(Path(run.dir).parent)) if offline else ("W&B", str(run.url)))
     return rows
 
 
@@ -68,9 +68,9 @@ def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> l
         rows.append(("predict", f"lightning-peft predict --ckpt_path {path}"))
     rows.append(("swap in", f'lightning_peft.load_adapter(model, "{near(adapter)}")'))
     merged = next((text.split(" (")[0] for label, text in places if label == "merged model"), None)
-    offline = next((text for label, text in places if label == "W&B" and text.endswith(" (offline)")), None)
+    offline = next((text for label, text in places if label == "W&B, offline"), None)
     if offline:
-        rows.append(("upload", f"wandb sync {offline.removesuffix(' (offline)')}"))
+        rows.append(("upload", f"wandb sync {offline}"))
     if merged:
         rows.append(("plain", f'transformers.AutoModel….from_pretrained("{merged}")'))
     return rows

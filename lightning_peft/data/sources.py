@@ -153,8 +153,10 @@ def _hub(data: str, load_kwargs: Mapping[str, Any] | None, cache_dir: str | None
     try:
         found = datasets.load_dataset(data, cache_dir=cache_dir, **load_kwargs or {})
     except Exception as error:  # network, missing id, missing config name: many kinds
+        here = difflib.get_close_matches(data, [p.name for p in Path().iterdir()], n=1)
+        near = f" Did you mean {here[0]!r}?" if here else ""
         raise ConfigError(
-            f"data={data!r} is no file or folder here, and as a hub id it cannot be loaded: {_why(error)}"
+            f"data={data!r} is no file or folder here, and as a hub id it cannot be loaded: {_why(error)}.{near}"
         ) from None
     return {str(key): rows for key, rows in found.items()} if isinstance(found, dict) else {"train": found}
 
@@ -197,6 +199,8 @@ def labelled_files(path: Path, suffixes: Sequence[str]) -> dict[str, list[tuple[
     """
     if not path.exists():
         raise ConfigError(_missing(str(path), path))
+    if not path.is_dir():
+        raise ConfigError(f"data={str(path)!r} is a file; give a folder with <label>/*{' or *'.join(suffixes)}.")
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
     splits = {f: split_name(f.name) for f in folders}
     by_split = [f for f in folders if splits[f] and any(child.is_dir() for child in f.iterdir())]

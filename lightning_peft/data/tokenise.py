@@ -50,8 +50,11 @@ def _from_source(source: str) -> Any:
             return AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name)
         return AutoTokenizer.from_pretrained(str(place) if place.exists() else source)
     except (OSError, ValueError, KeyError, ImportError, PEFTError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ConfigError(f"tokenizer={source!r} cannot be loaded: {reason}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".: ")
+        raise ConfigError(
+            f"tokenizer={source!r} cannot be loaded: {reason}. Give a hub id (with network, or cached), a folder or a"
+            " .gguf file; without data.tokenizer it is that of the model."
+        ) from None
 
 
 @dataclass(frozen=True)

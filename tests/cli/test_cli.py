@@ -8,16 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 import torch
 import transformers
 import wandb
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_peft import load_adapter
 from lightning_peft.cli import main
+from lightning_peft.cli.bar import Bar
 from lightning_peft.method import registry
 from tests.cli.wandb_file import contents
+from tests.models import Plain, plain_loader, trainer
 
 #: the quickstart on a few short articles
 SMALL = [
@@ -53,7 +57,7 @@ def test_files_and_screen(quickstart):
 def test_no_stray_line(quickstart):
     """Everything printed is ours and worth reading: no tips, warnings or notices for developers."""
     _, _, err = quickstart
-    stray = ("Warning", "warning", "deprecated", "Tip", "anonymous", "GPU available", "wandb:", "LOAD REPORT")
+    stray = ("Failed", "Warning", "warning", "deprecated", "Tip", "anonymous", "GPU available", "wandb:", "LOAD REPORT")
     assert [line for line in err.splitlines() if any(s in line for s in stray)] == []
 
 
@@ -67,10 +71,8 @@ def test_measured_again_from_another_folder(quickstart, tmp_path, monkeypatch, c
     printed = capsys.readouterr().out
     again = float(next(line.split("│")[2] for line in printed.splitlines() if "test_accuracy" in line))
     assert again == pytest.approx(accuracy, abs=1e-4)
-    words = ["predict", "--ckpt_path", checkpoint, "--trainer.logger", "false"]
-    words += ["--trainer.callbacks+=PredictionWriter", "--trainer.callbacks.path", "rows.jsonl"]
-    assert main(words) == 0
-    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert main(["predict", "--ckpt_path", checkpoint, "--trainer.logger", "false"]) == 0
+    rows = [json.loads(line) for line in Path("runs/quickstart/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 20 and {"id", "text", "label", "score"} <= set(rows[0])
     merged = folder / "runs/quickstart/merged"
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
@@ -129,7 +131,13 @@ WRONG = [
         "no column 'topic' (label_column='topic'). Columns: text, title, body, label",
     ),
     (["--data.label_names", "[sports, tech]"], "business"),
-    (["--config", "nope.yaml"], "nope.yaml does not exist."),
+    (["--config", "nope.yaml"], "nope.yaml: there is no such file."),
+    (["--config", "task/own_cvs.yaml"], "there is no such file. Did you mean task/own_csv.yaml?"),
+    (["--peft", "AdapterFusion"], "peft: AdapterFusion needs adapters."),
+    (["--model.optimizer", "torch.optim.SDG"], "model.optimizer: module 'torch.optim' has no attribute 'SDG'."),
+    (["--trainer.precision", "17"], "trainer.precision: expected one of 64, 32, 16, transformer-engine, "),
+    (["--trainer.devices", "x"], "trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
+    (["--ckpt_path", "best"], "--ckpt_path best: nothing was trained in this command"),
     (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
     (["--ckpt_path", "/nope.ckpt"], "/nope.ckpt does not exist"),
     (["--trainer.callbacks+=PEFT"], "Both --peft and a PEFT callback"),
@@ -168,7 +176,33 @@ def test_quick_answers(capsys):
     assert all(name in table for name in registry() if registry()[name].__module__.startswith("lightning_peft."))
     code = "import sys; from lightning_peft.cli import main; main(['methods']); assert 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-    assert main(["fitt"]) == 2
+    piped = f"set -o pipefail; {sys.executable} -m lightning_peft methods | sleep 0"
+    assert subprocess.run(["bash", "-c", piped], capture_output=True).stderr == b""
+    assert main(["fitt"]) == 2 and "unknown command 'fitt'. Did you mean fit?" in capsys.readouterr().err
+    assert main(["test", "--ckpt_path", "nope.ckpt"]) == 2
+    assert "nope.ckpt does not exist" in capsys.readouterr().err
+
+
+def test_a_fit_that_fails_leaves_the_config_of_the_last_one(quickstart, monkeypatch, capsys):
+    monkeypatch.chdir(quickstart[0])
+    saved, adapter = Path("runs/quickstart/config.yaml"), "runs/quickstart/adapter.safetensors"
+    before = saved.read_text()
+    command = ["fit", "--config", "quickstart.yaml", *SMALL, "--trainer.logger", "false"]
+    assert main([*command, "--model.task", "causal-lm"]) == 2 and saved.read_text() == before
+    assert main([*command, "--ckpt_path", adapter]) == 2
+    assert f"--trainer.callbacks.init_from {adapter}" in capsys.readouterr().err
+
+
+def test_the_bar_ends_before_callbacks_speak(tmp_path):
+    class Speaks(L.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            self.shown = bar.progress is not None and bar.progress.live.is_started
+            self.metrics = set(bar.get_metrics(trainer, pl_module))
+
+    bar, last = Bar(), Speaks()
+    run = trainer(tmp_path, last, bar, enable_progress_bar=True, max_epochs=1, logger=CSVLogger(tmp_path))
+    run.fit(Plain(), plain_loader())
+    assert not last.shown and "v_num" not in last.metrics
 
 
 @pytest.mark.parametrize("width", [80, 140])
@@ -185,6 +219,6 @@ def test_shipped_configs_parse(root, capsys):
         for method in sorted((root / "configs/method").glob("*.yaml")):
             words = ["fit", "--config", f"task/{task.name}", "--config", f"method/{method.name}", "--print_config"]
             assert main(words) == 0, f"{task.name} {method.name}: {capsys.readouterr().err}"
-    for trainer in sorted((root / "configs/trainer").glob("*.yaml")):
-        words = ["fit", "--config", "quickstart.yaml", "--config", f"trainer/{trainer.name}", "--print_config"]
+    for place in sorted((root / "configs/trainer").glob("*.yaml")):
+        words = ["fit", "--config", "quickstart.yaml", "--config", f"trainer/{place.name}", "--print_config"]
         assert main(words) == 0

