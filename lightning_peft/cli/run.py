@@ -217,7 +217,12 @@ def _config(value: str) -> str:
     short = value.removeprefix("configs/")
     place = next((str(folder / short) for folder in SHIPPED if (folder / short).is_file()), None)
     if place is None:
-        names = [str(p.relative_to(folder)) for folder in SHIPPED for p in sorted(folder.rglob("*.yaml"))]
+        names = [
+            str(p.relative_to(folder))
+            for folder in SHIPPED
+            for p in sorted(folder.rglob("*.yaml"))
+            if p.stem != "sweep"
+        ]
         near = difflib.get_close_matches(short, names, n=1)
         hint = f"Did you mean {near[0]}?" if near else "Shipped are quickstart.yaml, task/, method/ and trainer/."
         raise PEFTError(f"--config {value}: there is no such file. {hint}")
