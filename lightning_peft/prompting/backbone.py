@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -46,6 +47,12 @@ def decoder_of(outer: nn.Module, encoder: nn.Module) -> nn.Module | None:
         return None
     decoder = outer.get_decoder() if hasattr(outer, "get_decoder") else None
     return None if decoder in (None, encoder, outer) else decoder
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The generation cache among the arguments of a call: ``cache``, before transformers 5.24 ``past_key_values``."""
+    given = (arguments.get(name) for name in ("cache", "past_key_values"))
+    return next((cache for cache in given if cache is not None), None)
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:

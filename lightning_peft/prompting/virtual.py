@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import ConfigError
-from lightning_peft.prompting.backbone import decoder_of, maximum, outermost, parameters_of
+from lightning_peft.prompting.backbone import cache_of, decoder_of, maximum, outermost, parameters_of
 from lightning_peft.prompting.insertion import Insertion, behind_real, first_real, trim
 
 #: set on a cache: how many of the tokens it holds are virtual
@@ -68,7 +68,7 @@ class VirtualTokens(Adapted):
         states = kwargs.get("inputs_embeds") if states is None else states
         if states is None:
             return None
-        cache, length = kwargs.get("past_key_values"), states.shape[1]
+        cache, length = cache_of(kwargs), states.shape[1]
         past = int(cache.get_seq_length()) if cache is not None else 0
         held = getattr(cache, HELD, 0)
         if not (held if past else self.wanted(states)):
