@@ -108,7 +108,7 @@ class Places:
     def encode(self, tokenizer: Any, row: Mapping[str, Any], max_length: int) -> tuple[list[int], int, bool]:
         """Ids of a row, the position that answers (-1 without ``{mask}``), and whether it was cut.
 
-        The last column is cut first; fixed text and places stay.
+        Texts are cut at the end of a column, the last column first; what follows a column, and the places, stay.
         """
         parts, (begin, end) = self.parts, ends(tokenizer)
         causal = None in parts and tokenizer.mask_token_id is None

@@ -67,6 +67,15 @@ def length_of(cache: Any) -> int:
         ) from None
 
 
+def make_room(cache: Any, n: int, backbone: nn.Module) -> None:
+    """Static caches are made for the caller's tokens: add room for the virtual ones before they are allocated."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(cache, "layers", ()):
+        if hasattr(layer, "max_cache_len") and not layer.is_initialized:
+            window = getattr(backbone.config, "sliding_window", None) if "Sliding" in type(layer).__name__ else None
+            layer.max_cache_len = min(layer.max_cache_len + n, window or layer.max_cache_len + n)
+
+
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]

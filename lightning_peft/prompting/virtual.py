@@ -16,6 +16,7 @@ from lightning_peft.prompting.backbone import (
     decoder_of,
     is_causal,
     length_of,
+    make_room,
     maximum,
     outermost,
     parameters_of,
@@ -291,12 +292,3 @@ def disconnect(model: nn.Module, tokens: Adapted) -> None:
 
 def _form(mask: Any) -> str:
     return str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
-
-
-def make_room(cache: Any, n: int, backbone: nn.Module) -> None:
-    """Static caches are made for the caller's tokens: add room for the virtual ones before they are allocated."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    for layer in getattr(cache, "layers", ()):
-        if hasattr(layer, "max_cache_len") and not layer.is_initialized:
-            window = getattr(backbone.config, "sliding_window", None) if "Sliding" in type(layer).__name__ else None
-            layer.max_cache_len = min(layer.max_cache_len + n, window or layer.max_cache_len + n)
