@@ -1,7 +1,7 @@
 """A prefix on an image model and on a speech model: each learns half of the classes in full, then the other half
 through a prefix of its frozen layers and a new head. For comparison, the new head alone.
 
-    python examples/prefix_media.py
+    python examples/prefix_media.py [digits] [tones]
 
 Digits are scikit-learn's 8×8 images, sounds are tones in noise made here; both models start from random weights.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import tempfile
 import wave
 from pathlib import Path
@@ -100,21 +101,15 @@ def transfer(build, task: str, first: L.LightningDataModule, second: L.Lightning
     return found
 
 
-def main() -> dict[str, dict[str, float]]:
-    """Both models; returns and prints what they reach."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        found = {
-            "ViT, digits": transfer(
-                vit, "image-classification", *(digits(folder, r) for r in (range(5), range(5, 10)))
-            ),
-            "Wav2Vec2, tones": transfer(
-                wav2vec2, "audio-classification", *(tones(folder, r) for r in (range(0, 12, 2), range(1, 12, 2)))
-            ),
-        }
-    for model, rows in found.items():
-        print(model, *(f"{what} {value:.3f}" for what, value in rows.items()), sep="  ")
-    return found
+def main() -> None:
+    """Both models; prints what they reach."""
+    halves = {"digits": (range(5), range(5, 10)), "tones": (range(0, 12, 2), range(1, 12, 2))}
+    kinds = {"digits": (vit, digits, "image-classification"), "tones": (wav2vec2, tones, "audio-classification")}
+    for name in sys.argv[1:] or kinds:
+        build, data, task = kinds[name]
+        with tempfile.TemporaryDirectory() as folder:
+            found = transfer(build, task, *(data(Path(folder), classes) for classes in halves[name]))
+        print(name, *(f"{what} {value:.3f}" for what, value in found.items()), sep="  ", flush=True)
 
 
 if __name__ == "__main__":
