@@ -50,9 +50,11 @@ class TaskModule(L.LightningModule):
         model: hub id, folder, GGUF file (both also ``pkg://PACKAGE/PATH``), a network, or the fields of a
             transformers configuration with its ``model_type``, for a network with (reproducible) random weights.
         task: ``sequence-classification``, ``regression``, ``token-classification``, ``causal-lm``, ``masked-lm``,
-            ``seq2seq-lm``, ``image-classification``, ``audio-classification`` or ``custom``.
+            ``seq2seq-lm``, ``causal-cloze``, ``masked-cloze``, ``image-classification``, ``audio-classification`` or
+            ``custom``.
         num_labels: number of classes, where they have no names.
         label_names: the classes; by default those of the data module, else of the checkpoint.
+        label_words: for the cloze tasks, token ids of each class's words; by default those of the data module.
         optimizer: by default AdamW at the method's own rate.
         lr_scheduler: by default linear warm-up and decay, over optimizer steps.
         lr_interval: whether ``lr_scheduler`` counts epochs or optimizer steps.
@@ -83,6 +85,7 @@ class TaskModule(L.LightningModule):
         task: str,
         num_labels: int | None = None,
         label_names: list[str] | None = None,
+        label_words: list[list[int]] | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -98,7 +101,7 @@ class TaskModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.task = find_task(task)
-        self.label_names = numbered(label_names, num_labels)
+        self.label_names, self.label_words = numbered(label_names, num_labels), label_words
         check(self.task, self.label_names, locals())
         self.save_hyperparameters(ignore=unstorable(locals()), logger=False)
         tidy(self, model, model_kwargs)
@@ -120,7 +123,9 @@ class TaskModule(L.LightningModule):
         self._ask_data()
         if self.model is None:
             self.model = self._load()
-        if self.task.target in ("class", "token"):
+        if self.task.is_cloze:
+            self._settle_words()
+        elif self.task.target in ("class", "token"):
             self._settle_labels(self.model)
         if self.hparams.gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -157,6 +162,15 @@ class TaskModule(L.LightningModule):
                 f"The model has {len(self.label_names)} labels, the data {len(names)}: {', '.join(map(str, names))}."
                 " Leave out num_labels and label_names to take those of the data."
             )
+
+    def _settle_words(self) -> None:
+        self.label_words = self.label_words or getattr(self._data(), "label_words", None)
+        if self.label_names is None or len(self.label_words or []) != len(self.label_names):
+            raise ConfigError(
+                f"{self.task.name} needs label_names and the words of each: train with TextDataModule(verbalizer=…), or"
+                " give label_words=[[token id, …], …]."
+            )
+        self.hparams["label_names"], self.hparams["label_words"] = list(self.label_names), self.label_words
 
     def _settle_labels(self, network: nn.Module) -> None:
         known = names_in(network)
@@ -232,7 +246,7 @@ class TaskModule(L.LightningModule):
             return loss, count
         if self.task.target in ("class", "token") and (self.current_epoch == 0 or not self.training):
             check_labels(batch, self.label_names or [])  # waits for the GPU, and an epoch has shown them all
-        loss, count, seen = task_loss(self.task, self.model, batch, self.token_loss)
+        loss, count, seen = task_loss(self.task, self.model, batch, self.token_loss, self.label_words)
         metrics = self.metrics[f"{stage}_"]
         metrics.update(*seen)
         self.log_dict(metrics, batch_size=count, **options)
@@ -265,7 +279,9 @@ class TaskModule(L.LightningModule):
         ``label``, ``score`` and ``scores`` for classes; ``value``; ``labels`` and ``scores`` of the real tokens;
         ``generated`` text; ``text`` with the masks filled in; or ``output`` of a custom network.
         """
-        return predict(self.task, self.model, batch, self.label_names, self.find_tokenizer, self.generate)
+        return predict(
+            self.task, self.model, batch, self.label_names, self.find_tokenizer, self.generate, self.label_words
+        )
 
     def find_tokenizer(self, needed: bool = True) -> Any:
         """The tokenizer given, that of the data module, or that of the model's source.

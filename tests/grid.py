@@ -148,6 +148,18 @@ def _bart() -> nn.Module:
     return hf.BartForConditionalGeneration(hf.BartConfig(**layers, **sizes, **start, **SPECIAL))
 
 
+def _pegasus() -> nn.Module:
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"d_model": WIDTH, "encoder_ffn_dim": 36, "decoder_ffn_dim": 36, "vocab_size": VOCAB, "dropout": 0.0}
+    start = {"decoder_start_token_id": 2, "forced_eos_token_id": None, "max_position_embeddings": 64}
+    return hf.PegasusForConditionalGeneration(hf.PegasusConfig(**layers, **sizes, **start, **SPECIAL))
+
+
+def _bloom() -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB}
+    return hf.BloomForCausalLM(hf.BloomConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0, **SPECIAL))
+
+
 def _t5() -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": 6, "d_ff": 36, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
     bias = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0}
@@ -191,6 +203,11 @@ GRID = {
     "llava": Kind(_llava, "both", "logits", padding=False),
     "torch_encoder": Kind(TorchEncoder, "toy", transformers=False),
     "hand_written": Kind(HandWritten, "toy", padding=False, transformers=False),
+}
+#: families that only some methods work on, or that a few tests need
+OTHERS = {
+    "bloom": Kind(_bloom, field="logits"),  # no attention says that it is causal; positions come from the mask
+    "pegasus": Kind(_pegasus, "encdec", "logits"),  # sinusoids, counted from the cache
 }
 GENERATORS = ["gpt2", "llama", "t5", "bart", "whisper", "llava"]
 

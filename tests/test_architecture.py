@@ -56,7 +56,7 @@ LAYERS = [
     ],
     ["callbacks"],
     ["reload"],
-    ["data.loaders", "data.labels", "data.splits", "data.sources", "data.prompts"],
+    ["data.loaders", "data.labels", "data.splits", "data.sources", "data.prompts", "data.template", "data.tasks"],
     ["data.collate", "data.tokenise", "data.arrays", "data.base"],
     ["data"],
     ["task.kinds"],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.data.loaders import Step
+from lightning_peft.data.template import VIRTUAL
 
 IGNORED = -100
 
@@ -40,6 +41,7 @@ class TextCollator:
         left: put the padding on the left, where generation needs it.
         meta: give names and texts of the rows beside the tensors.
         masking: how to mask tokens for masked language modelling.
+        virtual: the id of places for virtual tokens.
     """
 
     pad_token_id: int
@@ -47,6 +49,7 @@ class TextCollator:
     left: bool = False
     meta: bool = False
     masking: Masking | None = None
+    virtual: int | None = None
 
     def __call__(self, item: tuple[Step, dict[str, list]]) -> dict[str, Any]:
         step, columns = item
@@ -55,6 +58,10 @@ class TextCollator:
             "input_ids": self._pad(ids, self.pad_token_id),
             "attention_mask": self._pad([[1] * len(row) for row in ids], 0),
         }
+        if self.virtual is not None:
+            batch["input_ids"].masked_fill_(batch["input_ids"] == VIRTUAL, self.virtual)
+        if "answer_at" in columns:
+            batch["answer_at"] = torch.tensor(columns["answer_at"])
         if "token_type_ids" in columns:
             batch["token_type_ids"] = self._pad(columns["token_type_ids"], 0)
         if self.masking is not None:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.base import ROW, SplitDataModule
 from lightning_peft.data.collate import Masking, TextCollator
 from lightning_peft.data.labels import as_numbers, need_column, need_values
 from lightning_peft.data.sources import read
-from lightning_peft.data.tokenise import DEFAULT_MAX_LENGTH, Encoder, Fields, load_tokenizer, tokenise
+from lightning_peft.data.tasks import CLASSES, CLOZE, UNLABELLED, TextTask, check_fields
+from lightning_peft.data.template import Fields, Places, word_ids
+from lightning_peft.data.tokenise import DEFAULT_MAX_LENGTH, Encoder, load_tokenizer, source_of, tokenise
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-TextTask = Literal[
-    "sequence-classification", "regression", "token-classification", "causal-lm", "masked-lm", "seq2seq-lm"
-]
-_CLASSES = ("sequence-classification", "token-classification")
-_UNLABELLED = ("causal-lm", "masked-lm", "seq2seq-lm")
 
 
 class TextDataModule(SplitDataModule):
@@ -30,7 +26,9 @@ class TextDataModule(SplitDataModule):
     ``token_type_ids`` where the tokenizer makes them, and ``labels``: class numbers or floats (rows,), or
     (rows, length) with -100 where nothing is to be learnt. Predict batches have no labels but
     ``meta = {"id": [...], "text": [...]}`` (and ``word_ids`` for token classification), and for causal models they
-    end in the open prompt, padded on the left.
+    end in the open prompt, padded on the left. The cloze tasks classify by a word that the language model puts at the
+    ``{mask}`` of the template (Schick and Schütze 2021, arXiv:2001.07676); their batches have ``answer_at`` (rows,),
+    the position whose logits tell it.
 
     Args:
         data: a csv, tsv, json, jsonl, parquet or txt file (one row a line); a folder with such files named train,
@@ -44,7 +42,12 @@ class TextDataModule(SplitDataModule):
         prompt_column: what a language model is given; with ``answer_column``, in place of ``text_column``.
         answer_column: what it is to answer; without it causal and masked models learn the text itself.
         template: text built from columns, ``"{title}\\n{body}\\nTopic:"``, in place of ``text_column`` or
-            ``prompt_column``. What stands behind the last column is kept when a long row is cut.
+            ``prompt_column``. What stands behind the last column is kept when a long row is cut. ``{prompt:3}``
+            leaves three places for the virtual tokens of `PTuning`, as many in all as it has (classification and
+            regression); ``{mask}`` is where a cloze task finds its word.
+        verbalizer: for the cloze tasks, label -> word, or several words whose logits are averaged; each one token. By
+            default the labels themselves.
+        placeholder_id: the id of a place for a virtual token; by default that of the `PTuning` in the model.
         use_chat_template: put prompt and answer into the tokenizer's chat template, if it has one.
         separator: between prompt and answer where no chat template is used.
         id_column: column that names rows in predictions; by default the file, else the row number.
@@ -89,6 +92,8 @@ class TextDataModule(SplitDataModule):
         prompt_column: str | None = None,
         answer_column: str | None = None,
         template: str | None = None,
+        verbalizer: dict[str, str | list[str]] | None = None,
+        placeholder_id: int | None = None,
         use_chat_template: bool = True,
         separator: str = "\n",
         id_column: str | None = None,
@@ -122,31 +127,22 @@ class TextDataModule(SplitDataModule):
         self._take_fields(given)
         self.tokenizer: Any = None
         self._tokenizer_source, self._tokenizer_found = tokenizer, None
-        self._check()
-        self.fields = Fields.of(prompt_column or text_column, template)
-
-    def _check(self) -> None:
-        if self.task not in TextTask.__args__:
-            raise ConfigError(f"TextDataModule(task={self.task!r}): choose one of {', '.join(TextTask.__args__)}.")
-        if (self.prompt_column or self.answer_column) and self.task not in ("causal-lm", "seq2seq-lm"):
-            raise ConfigError(
-                f"prompt_column and answer_column belong to causal-lm and seq2seq-lm, not to {self.task}."
-            )
-        if self.prompt_column and not self.answer_column:
-            raise ConfigError(f"prompt_column={self.prompt_column!r} needs an answer_column: what is to be learnt?")
-        if self.task == "seq2seq-lm" and not self.answer_column:
-            raise ConfigError("seq2seq-lm needs an answer_column.")
-        if self.text_pair_column and self.task not in ("sequence-classification", "regression"):
-            raise ConfigError(
-                f"text_pair_column belongs to sequence-classification and regression, not to {self.task}."
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length={self.max_length}: give at least 2.")
+        self.places = Places.of(template, task in CLOZE)
+        check_fields(given, places=self.places is not None)
+        self.fields = Fields.of(prompt_column or text_column, None if self.places else template)
+        self._columns = list(dict.fromkeys(self.places.columns if self.places else self.fields.columns))
 
     @property
     def classifies(self) -> bool:
         """Whether labels are classes."""
-        return self.task in _CLASSES
+        return self.task in CLASSES
+
+    @property
+    def label_words(self) -> list[list[int]] | None:
+        """Token ids of each class's words, for the cloze tasks."""
+        if self.task not in CLOZE or self.label_names is None or self.tokenizer is None:
+            return None
+        return word_ids(self.tokenizer, self.label_names, self.verbalizer, self.places.spaced)
 
     def prepare_data(self) -> None:
         """One process downloads and fills the cache, if there is any to fill."""
@@ -163,7 +159,7 @@ class TextDataModule(SplitDataModule):
     def _find_tokenizer(self) -> None:
         source = self._tokenizer_source
         if source is None:
-            source = _source_of(getattr(self.trainer, "lightning_module", None))
+            source = source_of(getattr(self.trainer, "lightning_module", None))
         if source is None:
             raise ConfigError("TextDataModule has no tokenizer, and the module has no hparams.model to take it from.")
         if self.tokenizer is None or source != self._tokenizer_found:
@@ -176,8 +172,8 @@ class TextDataModule(SplitDataModule):
 
     def contents(self, rows: Dataset) -> list[Hashable]:
         """Everything the model sees of a row."""
-        used = [*self.fields.columns, self.text_pair_column, self.answer_column]
-        used += [] if self.task in _UNLABELLED else [self.label_column]
+        used = [*self._columns, self.text_pair_column, self.answer_column]
+        used += [] if self.task in UNLABELLED else [self.label_column]
         columns = [rows[name][:] for name in dict.fromkeys(used) if name in rows.column_names]
         return [repr(row) for row in zip(*columns, strict=True)]
 
@@ -188,7 +184,7 @@ class TextDataModule(SplitDataModule):
         keep: list[str] = []
         if predict:
             rows, keep = self._with_meta(rows), ["_id", "_text"]
-        elif self.task not in _UNLABELLED:
+        elif self.task not in UNLABELLED:
             rows, keep = self._with_labels(rows, split), ["labels"]
         rows = rows.select_columns([*dict.fromkeys([*used, *keep])])
         encoder = Encoder(
@@ -201,13 +197,14 @@ class TextDataModule(SplitDataModule):
             use_chat_template=self.use_chat_template,
             separator=self.separator,
             predict=predict,
+            places=self.places,
         )
         return tokenise(rows, encoder, keep, split, self.cache_dir)
 
     def _need(self, rows: Dataset, split: str) -> list[str]:
         """Columns that are read, all there and without empty cells."""
         field = "template" if self.template else "prompt_column" if self.prompt_column else "text_column"
-        used = [(name, field) for name in self.fields.columns]
+        used = [(name, field) for name in self._columns]
         used += [(self.text_pair_column, "text_pair_column")] if self.text_pair_column else []
         used += [(self.answer_column, "answer_column")] if self.answer_column and split != "predict" else []
         for name, field in used:
@@ -224,8 +221,12 @@ class TextDataModule(SplitDataModule):
         names = self.id_column or ("file" if "file" in rows.column_names else ROW)
         words = self.task == "token-classification"
         texts = [
-            " ".join(row[self.text_column]) if words else "".join(self.fields.split(row))
-            for row in rows.select_columns(self.fields.columns)
+            " ".join(row[self.text_column])
+            if words
+            else self.places.text(row)
+            if self.places
+            else "".join(self.fields.split(row))
+            for row in rows.select_columns(self._columns)
         ]
         return rows.add_column("_id", [str(name) for name in rows[names][:]]).add_column("_text", texts)
 
@@ -259,18 +260,25 @@ class TextDataModule(SplitDataModule):
             left=predict and self.task == "causal-lm",
             meta=predict,
             masking=self._masking() if masked else None,
+            virtual=self._placeholder() if self.places and self.places.count else None,
         )
+
+    def _placeholder(self) -> int:
+        """The id of a virtual token: the one given, else that of the method in the model."""
+        if self.placeholder_id is not None:
+            return self.placeholder_id
+        module = getattr(self.trainer, "lightning_module", None)
+        found = [m for m in module.modules() if hasattr(m, "placeholder")] if module is not None else []
+        if not found or found[0].n != self.places.count:
+            has = f"has {found[0].n}" if found else "has no PTuning"
+            raise ConfigError(
+                f"template={self.template!r} has places for {self.places.count} virtual tokens, the model {has}: train"
+                f" with PTuning(num_virtual_tokens={self.places.count}), or change the template."
+            )
+        return found[0].placeholder
 
     def _masking(self) -> Masking:
         if self.tokenizer.mask_token_id is None:
             raise ConfigError("masked-lm needs a tokenizer with a mask token; this one is for causal models.")
         special = tuple(self.tokenizer.all_special_ids)
         return Masking(self.tokenizer.mask_token_id, len(self.tokenizer), special, self.mlm_probability, self.seed)
-
-
-def _source_of(module: Any) -> str | None:
-    """Where the tokenizer of a LightningModule's model lies: what its hyper-parameters say, else the model itself."""
-    known = dict(getattr(module, "hparams", {}) or {})
-    sources = (known.get("tokenizer"), known.get("model"), getattr(module, "model", None))
-    names = [source if isinstance(source, str) else getattr(source, "name_or_path", None) for source in sources]
-    return next((name for name in names if name), None)

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_peft.data.prompts import Prompts
+from lightning_peft.data.template import Fields, Places
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
 
@@ -58,46 +58,11 @@ def _from_source(source: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Fields:
-    """Which text of a row is read: a column, or a template over columns.
-
-    >>> Fields.of(None, "{title}: {body}\\nTopic:").split({"title": "Hi", "body": "you"})
-    ('Hi: you', '\\nTopic:')
-    """
-
-    pieces: tuple[tuple[str, str | None], ...]
-
-    @classmethod
-    def of(cls, column: str | None, template: str | None) -> Fields:
-        """From one of both; the template wins."""
-        if template is None:
-            return cls((("", column),))
-        try:
-            parsed = [(text, name) for text, name, _, _ in Formatter().parse(template)]
-        except ValueError as error:
-            raise ConfigError(f"template={template!r}: {error}.") from None
-        if not any(name for _, name in parsed):
-            raise ConfigError(f"template={template!r} names no column; write for example '{{text}}'.")
-        return cls(tuple(parsed))
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns that are read."""
-        return [name for _, name in self.pieces if name]
-
-    def split(self, row: dict[str, Any]) -> tuple[str, str]:
-        """The row's text up to its last column (which may be cut), and the fixed text behind it (which may not)."""
-        last = max(i for i, (_, name) in enumerate(self.pieces) if name)
-        texts = [text + (str(row[name]) if name else "") for text, name in self.pieces]
-        return "".join(texts[: last + 1]), "".join(texts[last + 1 :])
-
-
-@dataclass(frozen=True)
 class Encoder:
     """Columns of a batch of rows to columns of token ids; the function that `datasets.Dataset.map` calls.
 
     Gives ``input_ids``, ``token_type_ids`` where the model takes them, ``labels`` where the text is its own label,
-    ``length`` and ``cut`` (whether something was left out).
+    ``answer_at`` where a word is to be found, ``length`` and ``cut`` (whether something was left out).
     """
 
     tokenizer: Any
@@ -109,6 +74,7 @@ class Encoder:
     use_chat_template: bool = True
     separator: str = "\n"
     predict: bool = False
+    places: Places | None = None
 
     def __call__(self, columns: dict[str, list]) -> dict[str, list]:
         count = len(next(iter(columns.values())))
@@ -118,7 +84,7 @@ class Encoder:
             "causal-lm": self._causal,
             "seq2seq-lm": self._seq2seq,
         }
-        out = encode.get(self.task, self._plain)(rows)
+        out = self._placed(rows) if self.places else encode.get(self.task, self._plain)(rows)
         out["length"] = [len(ids) for ids in out["input_ids"]]
         return out
 
@@ -134,6 +100,11 @@ class Encoder:
         texts = ["".join(self.fields.split(row)) for row in rows]
         pairs = [str(row[self.pair_column]) for row in rows] if self.pair_column else None
         return self._columns(self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length))
+
+    def _placed(self, rows: list[dict]) -> dict[str, list]:
+        """Texts with places in them; their token types are all 0, as models take them by themselves."""
+        ids, at, cut = zip(*(self.places.encode(self.tokenizer, row, self.max_length) for row in rows), strict=True)
+        return {"input_ids": list(ids), "cut": list(cut)} | ({} if at[0] < 0 else {"answer_at": list(at)})
 
     def _columns(self, encoded: Any) -> dict[str, list]:
         kept = [name for name in ("input_ids", "token_type_ids") if name in encoded]
@@ -188,6 +159,14 @@ class Encoder:
             targets = self.tokenizer(text_target=answers, truncation=True, max_length=self.max_length)
             out["labels"] = targets["input_ids"]
         return out
+
+
+def source_of(module: Any) -> str | None:
+    """Where the tokenizer of a LightningModule's model lies: what its hyper-parameters say, else the model itself."""
+    known = dict(getattr(module, "hparams", {}) or {})
+    sources = (known.get("tokenizer"), known.get("model"), getattr(module, "model", None))
+    names = [source if isinstance(source, str) else getattr(source, "name_or_path", None) for source in sources]
+    return next((name for name in names if name), None)
 
 
 def _vocabulary(written: str) -> str:

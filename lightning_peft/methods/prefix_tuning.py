@@ -15,8 +15,10 @@ from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
 from lightning_peft.prompting.attention import SUPPORTED, RegistryAttention, kind_of
+from lightning_peft.prompting.backbone import parameters_of
 from lightning_peft.prompting.positions import ShiftedPositions, shiftable
 from lightning_peft.prompting.prefix import Prefix, PrefixedAttention, PrefixEncoder, ProjectedPrefix, heads_of
+from lightning_peft.prompting.virtual import disconnect
 from lightning_peft.trainable import require
 
 _CROSS = re.compile(r"(^|\.)(\w*cross\w*|encoder_attn|EncDecAttention|multihead_attn)(\.|$)", re.IGNORECASE)
@@ -125,7 +127,7 @@ class PrefixTuning(Method):
         return kind(module, delta)
 
     def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
-        """One reparametrisation network for each stack; T5's position bias."""
+        """One reparametrisation network for each stack; T5's position bias; positions of rotary backbones."""
         attentions = {n: m for n, m in wrapped.items() if isinstance(m, PrefixedAttention)}
         shared: dict[str, PrefixEncoder] = {}
         for name, module in attentions.items() if self.projection else ():
@@ -137,6 +139,10 @@ class PrefixTuning(Method):
             module.delta = ProjectedPrefix(shared[stack], heads)
             module.delta.fill(self.generator(name))
         link_biases(model, attentions)
+        for home in rotary_backbones(model):
+            inside = next((m for m in home.modules() if isinstance(m, PrefixedAttention)), None)
+            if inside is not None:
+                home.register_forward_pre_hook(inside.place, with_kwargs=True)
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the prefixes out; attentions get their own config back."""
@@ -144,6 +150,7 @@ class PrefixTuning(Method):
             module = model.get_submodule(name)
             if isinstance(module, PrefixedAttention):
                 module.release()
+                disconnect(model, module)
         super().detach(model, names)
 
     def fold(self, model: nn.Module) -> None:
@@ -195,6 +202,16 @@ def position_modules(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[
             " be recognised. Use positions='keep'."
         )
     return found
+
+
+def rotary_backbones(model: nn.Module) -> list[nn.Module]:
+    """The modules that turn position ids into rotary embeddings for their attentions."""
+    return [
+        module
+        for module in model.modules()
+        if any(type(getattr(c, "base", c)).__name__.endswith("RotaryEmbedding") for c in module.children())
+        and {"position_ids", "attention_mask"} <= set(parameters_of(module))
+    ]
 
 
 def part_of(name: str) -> str:

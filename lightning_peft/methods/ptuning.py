@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,16 @@ class Placeholders(VirtualTokens):
         self.met = False  # placeholders were looked up ahead of the backbone (models of several modalities)
         self.used = False  # placeholders were seen at all, which an export must know
 
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Number the placeholders on their way into the backbone: inside, rows may be transposed, and some models look
+        for their largest id."""
+        bound = dict(zip(self.names, args, strict=False)) | kwargs
+        ids = bound.get("input_ids")
+        if self.active and ids is not None and self.count(found := ids == self.placeholder):
+            self.places = None
+            return (), bound | {"input_ids": self.numbered(ids, found)}
+        return super().before(module, args, kwargs)
+
     def fill(self, ids: Tensor) -> Tensor:
         """Embeddings of ids with placeholders."""
         found = ids == self.placeholder
@@ -165,8 +175,11 @@ class Placeholders(VirtualTokens):
                 f"The batch has no placeholder ({self.placeholder}) for the {self.n} virtual tokens of PTuning; only"
                 " transformers backbones get them put in front."
             )
-        rank = (found.cumsum(dim=-1) - 1).clamp(min=0)
-        return super().fill(torch.where(found, -1 - rank, ids))
+        return super().fill(self.numbered(ids, found))
+
+    def numbered(self, ids: Tensor, found: Tensor) -> Tensor:
+        """The ids, the i-th placeholder of each row as ``-1 - i``."""
+        return torch.where(found, -found.cumsum(dim=-1), ids)
 
     def count(self, found: Tensor) -> bool:
         """Whether there are placeholders; raises unless there are n in every row."""
@@ -187,4 +200,4 @@ class Placeholders(VirtualTokens):
         if states.is_floating_point():
             met, self.met = self.met, False
             return not met
-        return not self.count(states == self.placeholder)
+        return True

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_peft.adapted import Delta
 from lightning_peft.errors import ConfigError
+from lightning_peft.prompting.backbone import cache_of
 from lightning_peft.prompting.multihead import MultiheadPrefix
 from lightning_peft.prompting.prefix import PrefixedAttention, causal, squares, widen
 
@@ -55,7 +56,7 @@ class RegistryAttention(PrefixedAttention):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base."""
         if self.bias_owner and self.active:
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             past = 0 if cache is None else cache.get_seq_length(self.base.layer_idx)
             self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         return self.base(*args, **kwargs)

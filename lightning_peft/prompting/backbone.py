@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
+from lightning_peft.errors import ConfigError
 from lightning_peft.prompting.positions import TABLES
 
 
@@ -48,6 +50,32 @@ def decoder_of(outer: nn.Module, encoder: nn.Module) -> nn.Module | None:
     return None if decoder in (None, encoder, outer) else decoder
 
 
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The generation cache among the arguments of a call: ``cache``, before transformers 5.24 ``past_key_values``."""
+    given = (arguments.get(name) for name in ("cache", "past_key_values"))
+    return next((cache for cache in given if cache is not None), None)
+
+
+def length_of(cache: Any) -> int:
+    """Tokens that a cache holds, virtual ones included."""
+    try:
+        return 0 if cache is None else int(cache.get_seq_length())
+    except ValueError:
+        raise ConfigError(
+            "This model keeps a recurrent state that does not count its tokens: with virtual tokens call it, or"
+            " generate, with use_cache=False."
+        ) from None
+
+
+def make_room(cache: Any, n: int, backbone: nn.Module) -> None:
+    """Static caches are made for the caller's tokens: add room for the virtual ones before they are allocated."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    for layer in getattr(cache, "layers", ()):
+        if hasattr(layer, "max_cache_len") and not layer.is_initialized:
+            window = getattr(backbone.config, "sliding_window", None) if "Sliding" in type(layer).__name__ else None
+            layer.max_cache_len = min(layer.max_cache_len + n, window or layer.max_cache_len + n)
+
+
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a module's forward."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -59,5 +87,16 @@ def maximum(backbone: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
             taken = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
             return module.num_embeddings - taken
-    limit = getattr(backbone.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    limits = (getattr(backbone.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def is_causal(backbone: nn.Module) -> bool:
+    """Whether a token sees only what stands before it; where no attention says so, the family does (Bloom, Mamba)."""
+    said = [m.is_causal for m in backbone.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if said:
+        return any(said)
+    auto = sys.modules["transformers"].models.auto.modeling_auto
+    kind = type(backbone.config)
+    decodes = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
+    return decodes and getattr(backbone.config, "attn_type", "uni") == "uni"  # XLNet sees both sides

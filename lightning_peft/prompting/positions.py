@@ -13,6 +13,8 @@ from lightning_peft.errors import ConfigError
 
 #: names that transformers gives to tables of learned positions
 TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
+#: arguments that say how many tokens stand before; the first since transformers 5.24
+COUNTERS = ("cache_length", "past_key_values_length")
 
 
 class ShiftedPositions(Adapted):
@@ -31,10 +33,11 @@ class ShiftedPositions(Adapted):
         bound = dict(zip(names, args, strict=False)) | kwargs
         if bound.get("position_ids") is not None:
             bound["position_ids"] = self.later(bound["position_ids"])
-        elif "past_key_values_length" in names:
-            past = bound.get("past_key_values_length", 0)
-            bound["past_key_values_length"] = past + self.n
-            tokens = bound[names[0]]  # ids, a mask, or just their shape
+        elif counter := next((name for name in COUNTERS if name in names), None):
+            past = bound.get(counter, 0)
+            bound[counter] = past + self.n
+            tokens = bound.get(names[0])  # ids, a mask, or just their shape
+            tokens = bound["inputs_embeds"] if tokens is None else tokens
             self.check(getattr(tokens, "shape", tokens)[1] + past)
         else:
             bound[names[0]] = self.later(bound[names[0]])
@@ -63,6 +66,9 @@ def shiftable(module: nn.Module, name: str, parent: nn.Module | None) -> bool:
     """Whether a module turns token positions into embeddings. Tables of image patches have no room to shift."""
     if type(module).__name__.endswith("RotaryEmbedding"):
         return "position_ids" in inspect.signature(type(module).forward).parameters
-    table = isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES
+    counts = set(COUNTERS) & set(inspect.signature(type(module).forward).parameters)  # sinusoids without a table
+    table = (isinstance(module, nn.Embedding) or counts) and name.rpartition(".")[2] in TABLES
     siblings = parent.children() if parent is not None else ()
-    return table and any(isinstance(m, nn.Embedding) and m is not module and m.num_embeddings > 2 for m in siblings)
+    return bool(table) and any(
+        isinstance(m, nn.Embedding) and m is not module and m.num_embeddings > 2 for m in siblings
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,21 @@ class PrefixedAttention(Adapted):
         """key, value (…, heads, length, width) with the prefix in front, and its length."""
         keys, values = self.delta.pair()
         return in_front(keys, key), in_front(values, value), len(keys)
+
+    def place(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Hook on a backbone with rotary embeddings: without position ids, count from the first real token of a row.
+
+        The prefix stands still while rotary embeddings turn queries by their position, so a row padded on the left
+        would see another prefix than the row alone. Among the tokens themselves only distances count.
+        """
+        bound = dict(zip(inspect.signature(type(module).forward).parameters, (None, *args), strict=False)) | kwargs
+        mask, states = bound.get("attention_mask"), bound.get("input_ids")
+        states = bound.get("inputs_embeds") if states is None else states
+        if not self.active or bound.get("position_ids") is not None or getattr(mask, "ndim", 0) != 2:
+            return None
+        bound.pop("self")
+        places = torch.arange(mask.shape[1], device=mask.device) - (mask != 0).int().argmax(dim=1, keepdim=True)
+        return (), bound | {"position_ids": places.clamp(min=0)[:, -states.shape[1] :]}
 
     def release(self) -> None:
         """Undo what was changed on the base itself."""

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import ConfigError
-from lightning_peft.prompting.backbone import decoder_of, maximum, outermost, parameters_of
+from lightning_peft.prompting.backbone import (
+    cache_of,
+    decoder_of,
+    is_causal,
+    length_of,
+    make_room,
+    maximum,
+    outermost,
+    parameters_of,
+)
 from lightning_peft.prompting.insertion import Insertion, behind_real, first_real, trim
 
 #: set on a cache: how many of the tokens it holds are virtual
@@ -68,8 +77,8 @@ class VirtualTokens(Adapted):
         states = kwargs.get("inputs_embeds") if states is None else states
         if states is None:
             return None
-        cache, length = kwargs.get("past_key_values"), states.shape[1]
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        cache, length = cache_of(kwargs), states.shape[1]
+        past = length_of(cache)
         held = getattr(cache, HELD, 0)
         if not (held if past else self.wanted(states)):
             return None
@@ -99,8 +108,8 @@ class VirtualTokens(Adapted):
             kwargs["input_ids"] = places.insert(ids, -1 - torch.arange(self.n, device=ids.device))
         else:
             kwargs["inputs_embeds"] = places.insert(kwargs["inputs_embeds"], self.delta.vectors())
-        if mask is not None:
-            kwargs["attention_mask"] = places.insert(mask, 1)
+        if mask is not None:  # over a static cache some models get one that is longer than the text
+            kwargs["attention_mask"] = places._replace(length=mask.shape[1]).insert(mask, 1)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = places.positions(kwargs["position_ids"], mask)
         for name in ("token_type_ids", "mm_token_type_ids"):
@@ -111,12 +120,13 @@ class VirtualTokens(Adapted):
         """Later tokens of a sequence whose cache holds the virtual tokens already."""
         self.check(total - self.n)
         if mask is not None:
-            if mask.shape[1] + self.n != total:
+            if mask.shape[1] + self.n < total:
                 raise ConfigError(
                     f"The attention mask covers {mask.shape[1]} tokens; the cache and the new tokens have"
                     f" {total - self.n} beside the {self.n} virtual ones. Give only the tokens that the cache lacks."
                 )
-            kwargs["attention_mask"] = Insertion(first_real(mask), self.n, mask.shape[1]).insert(mask, 1)
+            longer = Insertion(first_real(mask), self.n, mask.shape[1]).insert(mask, 1)
+            kwargs["attention_mask"] = longer[:, : max(total, mask.shape[1])]  # that of a static cache has its length
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + self.n
 
@@ -153,9 +163,15 @@ class VirtualTokens(Adapted):
         places, self.places = self.places, None
         if places is None:
             return output
-        for part in output.values() if hasattr(output, "values") else output:
+        parts = list(output.values() if hasattr(output, "values") else output)
+        for part in parts:
             if hasattr(part, "get_seq_length"):
                 setattr(part, HELD, self.n)
+        if parts[0].shape[1] != places.length + places.n:
+            raise ConfigError(
+                f"{type(module).__name__} gives {parts[0].shape[1]} states for {places.length + places.n} tokens, so"
+                " those of virtual tokens cannot be told from others. PTuning with placeholders, and LoRA, work on it."
+            )
         return trim(output, places)
 
     def pool(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -234,7 +250,7 @@ def connect(model: nn.Module, tokens: VirtualTokens, backbone: nn.Module) -> Non
     """Hook virtual tokens into the backbone and what is around it."""
     outer = outermost(model, backbone)
     decoder = decoder_of(outer, backbone)
-    tokens.causal = any(getattr(m, "is_causal", False) is True for m in backbone.modules())
+    tokens.causal = is_causal(backbone)
     tokens.maximum, tokens.names = maximum(backbone), parameters_of(backbone)
     if tokens.behind and hasattr(backbone, "eos_token_id") and not tokens.causal:
         raise ConfigError(
@@ -259,8 +275,8 @@ def connect(model: nn.Module, tokens: VirtualTokens, backbone: nn.Module) -> Non
         outer.__dict__["prepare_inputs_for_generation"] = Prepare(outer, tokens)
 
 
-def disconnect(model: nn.Module, tokens: VirtualTokens) -> None:
-    """Take every hook of these virtual tokens away."""
+def disconnect(model: nn.Module, tokens: Adapted) -> None:
+    """Take every hook of these virtual tokens, or of a prefix, away."""
     for module in model.modules():
         for hooks, also in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
@@ -276,12 +292,3 @@ def disconnect(model: nn.Module, tokens: VirtualTokens) -> None:
 
 def _form(mask: Any) -> str:
     return str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
-
-
-def make_room(cache: Any, n: int, backbone: nn.Module) -> None:
-    """Static caches are made for the caller's tokens: add room for the virtual ones before they are allocated."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    for layer in getattr(cache, "layers", ()):
-        if hasattr(layer, "max_cache_len") and not layer.is_initialized:
-            window = getattr(backbone.config, "sliding_window", None) if "Sliding" in type(layer).__name__ else None
-            layer.max_cache_len = min(layer.max_cache_len + n, window or layer.max_cache_len + n)

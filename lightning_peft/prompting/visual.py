@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.errors import ConfigError
 from lightning_peft.prompting.backbone import parameters_of
 from lightning_peft.prompting.insertion import Insertion, trim
 
@@ -29,6 +30,11 @@ class VisualTokens(Adapted):
         states = self.base(*args, **kwargs)
         if not self.active:
             return states
+        if not isinstance(states, Tensor):
+            raise ConfigError(
+                f"{type(self.base).__name__} gives a {type(states).__name__}, not one row of tokens, so PromptTuning"
+                " has no place in it. PrefixTuning and LoRA work on this model."
+            )
         first = 1 if any(hasattr(self.base, name) for name in ("cls_token", "class_embedding")) else 0
         self.places = Insertion(first, self.n, states.shape[1])
         return self.places.insert(states, self.delta.vectors())

@@ -35,10 +35,28 @@ def inputs_of(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors that the network's ``forward`` names, without labels."""
     if not isinstance(batch, Mapping):
         raise ConfigError(f"A batch must be a dict of tensors here, not a {type(batch).__name__}.")
-    tensors = {k: v for k, v in batch.items() if k != "labels" and not is_note(k, v)}
+    tensors = {k: v for k, v in batch.items() if k not in ("labels", "answer_at") and not is_note(k, v)}
     accepted = inspect.signature(network.forward).parameters
     named = {k: v for k, v in tensors.items() if k in accepted}
     return named or tensors  # a forward of **kwargs names nothing
+
+
+def class_logits(network: nn.Module, batch: Mapping[str, Any], words: list[list[int]] | None) -> Tensor:
+    """What the network says of a batch; with ``words``, of the words of each class at ``answer_at``: (rows, classes).
+
+    The output head of a causal model runs only at the positions that answer.
+    """
+    inputs = inputs_of(network, batch)
+    if words is None:
+        return network(**inputs).logits
+    if "answer_at" not in batch:
+        raise ConfigError(f"A cloze batch needs 'answer_at', the position of the word; it has: {', '.join(batch)}.")
+    at = batch["answer_at"]
+    if "logits_to_keep" in inspect.signature(network.forward).parameters:
+        kept, at = at.unique(return_inverse=True)
+        inputs["logits_to_keep"] = kept
+    scores = network(**inputs).logits[torch.arange(len(at), device=at.device), at]
+    return torch.stack([scores[:, ids].mean(-1) for ids in words], dim=-1)
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:

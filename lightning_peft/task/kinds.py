@@ -24,7 +24,12 @@ class Task:
     @property
     def has_new_head(self) -> bool:
         """Whether the head belongs to the user's labels, so that it usually comes from no checkpoint."""
-        return self.target in ("class", "token", "number")
+        return self.target in ("class", "token", "number") and not self.is_cloze
+
+    @property
+    def is_cloze(self) -> bool:
+        """Whether classes are words that a language model puts in a gap."""
+        return self.name.endswith("-cloze")
 
 
 TASKS: dict[str, Task] = {
@@ -36,6 +41,8 @@ TASKS: dict[str, Task] = {
         Task("causal-lm", "AutoModelForCausalLM", "text"),
         Task("masked-lm", "AutoModelForMaskedLM", "text"),
         Task("seq2seq-lm", "AutoModelForSeq2SeqLM", "text"),
+        Task("causal-cloze", "AutoModelForCausalLM", "class"),
+        Task("masked-cloze", "AutoModelForMaskedLM", "class"),
         Task("image-classification", "AutoModelForImageClassification", "class"),
         Task("audio-classification", "AutoModelForAudioClassification", "class"),
         Task("custom", "AutoModel", "custom"),

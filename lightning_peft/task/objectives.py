@@ -8,18 +8,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.task.batches import call, inputs_of, labels_of, rows_in
+from lightning_peft.task.batches import call, class_logits, inputs_of, labels_of, rows_in
 from lightning_peft.task.kinds import Task
 from lightning_peft.task.losses import IGNORE, TokenLoss, class_loss, import_callable, number_loss
 
 
-def task_loss(task: Task, network: nn.Module, batch: Any, tokens: TokenLoss) -> tuple[Tensor, int, tuple[Any, Any]]:
-    """The mean loss, over how many labels it is a mean (so that epochs average exactly), and the metrics' arguments."""
+def task_loss(
+    task: Task, network: nn.Module, batch: Any, tokens: TokenLoss, words: list[list[int]] | None = None
+) -> tuple[Tensor, int, tuple[Any, Any]]:
+    """The mean loss, over how many labels it is a mean (so that epochs average exactly), and the metrics' arguments.
+
+    ``words``: token ids of each class's words, where classes are words.
+    """
     inputs, labels = inputs_of(network, batch), labels_of(batch)
     if task.target == "text":
         loss, count = tokens(network, inputs, labels)
         return loss, count, (loss.detach(), count)
-    logits = network(**inputs).logits
+    logits = class_logits(network, batch, words)
     if task.target == "number":
         seen = (logits.detach().float().flatten(), labels.float().flatten())
         return number_loss(logits, labels), len(labels), seen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.task.batches import call, inputs_of, notes_of
+from lightning_peft.task.batches import call, class_logits, inputs_of, notes_of
 from lightning_peft.task.kinds import Task
 from lightning_peft.task.losses import IGNORE
 
@@ -23,6 +23,7 @@ def predict(
     names: Sequence[str] | None,
     tokenizer: Callable[[bool], Any],
     generate: Mapping[str, Any],
+    words: list[list[int]] | None = None,
 ) -> list[Row]:
     """Rows for a batch.
 
@@ -33,13 +34,14 @@ def predict(
         names: of the classes.
         tokenizer: gives the tokenizer; called with whether it is indispensable.
         generate: options of ``generate`` for language models.
+        words: token ids of each class's words, where classes are words.
     """
     if task.target == "custom":
         return echoed(batch, plain_rows(call(network, batch)))
     inputs = inputs_of(network, batch)
     if task.target == "text" and task.name != "masked-lm":
         return echoed(batch, text_rows(network, inputs, tokenizer(True), generate))
-    logits = network(**inputs).logits
+    logits = class_logits(network, batch, words)
     if task.name == "masked-lm":
         rows = mask_rows(logits, inputs["input_ids"], tokenizer(True))
     elif task.target == "number":

@@ -33,7 +33,7 @@ from lightning_peft.methods.prefix_tuning import part_of
 from lightning_peft.prompting.attention import PrefixedConfig
 from lightning_peft.prompting.prefix import PrefixedAttention, ProjectedPrefix
 from tests.golden_case import Golden
-from tests.grid import GENERATORS, GRID, greedy, padded_alone
+from tests.grid import GENERATORS, GRID, OTHERS, greedy, padded_alone
 from tests.models import Foreign, loader, trainer
 
 
@@ -187,6 +187,40 @@ def test_generation_is_a_recompute(name, positions):
     model = kind.make()
     inject(model, PrefixTuning(4, positions=positions, init_std=1.0))
     greedy(kind, model)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "bart", "whisper", "pegasus"])
+def test_a_shift_is_a_later_row_of_the_positions(name):
+    """positions="shift" equals "keep" in a model whose tables of positions start n rows later."""
+    kind, outputs = (GRID | OTHERS)[name], {}
+    for positions in ("keep", "shift"):
+        model = kind.make()
+        for key, table in model.named_parameters():
+            moved = ("position_embeddings", "wpe", "embed_positions")
+            if positions == "keep" and key.split(".")[-2] in moved and not (name == "whisper" and "encoder" in key):
+                table.data = table.data.roll(-3, 0)
+        inject(model, PrefixTuning(3, positions=positions, init_std=1.0))
+        outputs[positions] = kind.output(model)
+    torch.testing.assert_close(outputs["keep"], outputs["shift"], atol=1e-5, rtol=1e-4)
+    model = kind.make()
+    inject(model, PrefixTuning(3, init_std=1.0))
+    assert not torch.allclose(kind.output(model), outputs["shift"], atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["keep", "shift"])
+@pytest.mark.parametrize("name", ["llama", "modernbert"])
+def test_left_padding_without_position_ids(name, positions):
+    """Rotary models number left-padded rows from the padding on; the prefix stands before the first real token."""
+    kind = GRID[name]
+    model = kind.make()
+    inject(model, PrefixTuning(4, positions=positions, init_std=1.0))
+    batch = kind.batch()
+    left = {k: v.roll(3, 1)[-1:] for k, v in batch.items()}
+    alone = {k: v[-1:, :6] for k, v in batch.items()}
+    torch.testing.assert_close(kind.run(model, left)[:, 3:], kind.run(model, alone), atol=2e-5, rtol=1e-4)
+    assert torch.equal(kind.output(copy.deepcopy(model)), kind.output(model))
+    unload(model)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_full_attention_without_mask_is_causal():

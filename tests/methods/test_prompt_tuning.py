@@ -13,7 +13,7 @@ from lightning_peft import Adapted, ConfigError, NoMatchError, PromptTuning, dis
 from lightning_peft.prompting.virtual import VirtualTokens
 from lightning_peft.prompting.visual import VisualTokens
 from tests.golden_case import Golden
-from tests.grid import GRID, Kind, greedy, padded_alone
+from tests.grid import GRID, OTHERS, Kind, greedy, padded_alone
 
 TEXT = ["bert", "roberta", "distilbert", "modernbert", "gpt2", "llama", "t5", "bart", "whisper", "llava", "clip"]
 ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "t5", "bart"]
@@ -134,9 +134,9 @@ def test_vision_tokens_stand_behind_the_class_token():
 
 
 @pytest.mark.parametrize("position", ["prepend", "append"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bart", "whisper", "llava"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "t5", "bart", "whisper", "llava"])
 def test_generation_is_a_recompute(name, position):
-    kind = GRID[name]
+    kind = (GRID | OTHERS)[name]
     model = kind.make()
     if (name, position) == ("whisper", "append"):
         with pytest.raises(ConfigError, match="starts from fixed tokens"):
@@ -146,9 +146,10 @@ def test_generation_is_a_recompute(name, position):
     greedy(kind, model, recompute=position == "prepend" or name in ("t5", "bart"))
 
 
-def test_appended_prompt_stands_between_text_and_answer():
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_appended_prompt_stands_between_text_and_answer(name):
     """generate() and labels agree with vectors put there by hand."""
-    kind = GRID["llama"]
+    kind = (GRID | OTHERS)[name]
     model, base = kind.make(), kind.make()
     inject(model, PromptTuning(4, position="append", init="random"))
     prompt = model.get_input_embeddings().delta.prompt
@@ -312,6 +313,27 @@ def test_errors():
         inject(nn.Sequential(nn.Embedding(4, 4)), PromptTuning())
     with pytest.raises(NoMatchError, match="no input embedding in Wav2Vec2Model"):
         inject(GRID["wav2vec2"].make(), PromptTuning())
+    sizes = {"d_model": 16, "block_sizes": [1, 1], "n_head": 2, "d_head": 8, "d_inner": 16, "vocab_size": 61}
+    pooled = transformers.FunnelBaseModel(transformers.FunnelConfig(**sizes)).eval()
+    inject(pooled, PromptTuning(4))
+    with pytest.raises(ConfigError, match=r"FunnelBaseModel gives 7 states for 13 tokens"):
+        pooled(**GRID["bert"].batch())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    hidden = transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes))
+    inject(hidden, PromptTuning(4))
+    with pytest.raises(ConfigError, match=r"ViTMAEEmbeddings gives a tuple.*PrefixTuning"):
+        hidden(**GRID["vit"].batch())
+    model = GRID["llama"].make()
+    inject(model, PromptTuning(4))
+    with pytest.raises(ConfigError, match=r"of the form \(batch, tokens\); this one is \(2, 1, 9, 9\)"):
+        model(GRID["llama"].batch()["input_ids"], attention_mask=torch.ones(2, 1, 9, 9))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 61, "pad_token_id": 0}
+    recurrent = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    inject(recurrent, PromptTuning(4, position="append"))
+    ids = torch.arange(5, 10)[None]
+    with pytest.raises(ConfigError, match="use_cache=False"):
+        recurrent.generate(ids, max_new_tokens=2)
+    assert recurrent.generate(ids, max_new_tokens=2, use_cache=False).shape == (1, 7)
     for bad in ({"position": "middle"}, {"init": "text"}, {"init_text": "x"}, {"num_virtual_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             PromptTuning(**bad)

@@ -127,6 +127,20 @@ def test_without_placeholders_the_vectors_stand_in_front(name):
     torch.testing.assert_close(kind.output(model), kind.output(other), atol=1e-6, rtol=1e-5)
 
 
+def test_ids_inside_the_backbone_are_numbered():
+    """Old CLIP models read the state at the largest id of a row: that of their end token, not of a placeholder."""
+    kind = GRID["clip"]
+    model, base = kind.make(), kind.make()
+    inject(model, PTuning(2))
+    ids = torch.tensor([[5, 61, 7, 61, 60, 0, 0]])
+    prompt, table = tokens_of(model).delta.vectors(), base.text_model.get_input_embeddings()
+    pooled = model.text_model(ids).pooler_output
+    embeds = table(ids.clamp(max=60))
+    embeds[0, [1, 3]] = prompt
+    table.forward = lambda ids: embeds
+    torch.testing.assert_close(pooled, base.text_model(torch.tensor([[5, 5, 7, 5, 60, 0, 0]])).pooler_output)
+
+
 @pytest.mark.parametrize("with_places", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "llava"])
 def test_generation_is_a_recompute(name, with_places):
