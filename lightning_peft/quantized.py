@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.errors import ConfigError
+
 
 def bits(weight: Tensor | None) -> int | None:
     """How many bits a packed weight has per number, or None for a plain one (bitsandbytes, torchao).
@@ -37,6 +39,11 @@ def plain(weight: Tensor) -> Tensor:
         return weight
     if hasattr(weight, "dequantize") and type(weight).__module__.startswith("torchao"):
         return weight.dequantize()
+    if type(weight).__name__ == "Int8Params" and not weight.is_floating_point():
+        raise ConfigError(
+            "bitsandbytes keeps the scales of an 8-bit weight apart from it, so its values cannot be read: DoRA and the"
+            " starts pissa and olora need a base in 4 bits or floats. Use LoRA(init='kaiming') here."
+        )
     state = getattr(weight, "quant_state", None)
     if state is None:  # not packed yet: bitsandbytes does so on the way to the device
         return weight.data

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft import lowrank
 from lightning_peft.adapted import Adapted
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, TrainingError
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.method import Method, check_number
 
@@ -220,7 +220,11 @@ class AdaLoRA(Method):
         ready = [d for d in deltas if len(d.importance) == len(_TRAINED)]
         scores = [d.scores() for d in ready]
         if not scores:
-            return
+            raise TrainingError(
+                "AdaLoRA measures importance by the gradients of the step just taken, and there are none. In manual"
+                " optimization call zero_grad() before the backward pass, not after optimizer.step(); where adapters"
+                " rest in the first steps, set tinit."
+            )
         flat = torch.cat([s.flatten().to(scores[0].device) for s in scores])
         excess = flat.numel() - budget
         threshold = float(flat.kthvalue(excess).values) if excess > 0 else -1.0
