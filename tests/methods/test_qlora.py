@@ -239,3 +239,24 @@ def test_lightnings_precision(tmp_path):
     assert type(layer.delta.lora_A) is nn.Parameter and layer.delta.lora_A.dtype == torch.float32
     with pytest.raises(ConfigError, match=r"classifier.weight is to train but is stored in few bits"):
         run(method, None, Classifier())
+
+
+def test_eight_bits():
+    """LoRA needs no values of the base; those of bitsandbytes' 8-bit weights cannot be read off the weight."""
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    net, x = nn.Sequential(layer.to("cpu")), torch.randn(3, 64)
+    before = net(x)
+    for method in (DoRA(r=2), LoRA(r=2, init="pissa")):
+        with pytest.raises(ConfigError, match="keeps the scales of an 8-bit weight apart"):
+            inject(net, method)
+        assert net[0] is layer
+    inject(net, LoRA(r=2))
+    assert torch.equal(net(x), before)
+    net[0].delta.lora_B.data.normal_()
+    net(x).sum().backward()
+    assert net[0].delta.lora_A.grad.any()
+    with pytest.raises(MergeError, match="stored in 8 bits"):
+        merge(net)
