@@ -20,6 +20,8 @@ def bits(weight: Tensor | None) -> int | None:
     if getattr(weight, "quant_state", None) is not None:
         return 4  # also where pickling left a plain Parameter
     kind = type(weight)
+    if kind is Tensor or kind is nn.Parameter:  # before any work on strings, which torch.compile cannot trace
+        return None
     home = kind.__module__.partition(".")[0]
     if home == "bitsandbytes":
         return 4 if kind.__name__ == "Params4bit" else 8

@@ -18,6 +18,7 @@ from lightning_peft import (
     merge,
     trainable_names,
 )
+from tests.layers import build, call
 
 
 def shake(net: nn.Module) -> None:
@@ -118,3 +119,19 @@ def test_one_method_twice_in_a_list(method):
         inject(net, [method(target_modules="0"), method(target_modules="1")])
     inject(net, [LoRA(r=2, target_modules="0"), LoRA(r=3, target_modules="1")])
     assert net[0].delta.rank == 2 and net[1].delta.rank == 3
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d_grouped", "attention", "experts"])
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+def test_one_graph(kind, method):
+    """`torch.compile` takes a layer as one graph, also where the weight is corrected."""
+    net, inputs = build(kind)
+    inject(net.float(), method(r=2, target_modules="m"))
+    shake(net)
+    inputs = tuple(x.float() for x in inputs)
+    expected = call(net["m"], inputs)
+    torch._dynamo.reset()
+    found = call(torch.compile(net["m"], backend="aot_eager", fullgraph=True), inputs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    found.sum().backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
