@@ -121,6 +121,11 @@ def float_base(root: nn.Module, reason: str = "") -> nn.Module:
         )
     config.__dict__.pop("quantization_config", None)
     try:
+        if getattr(type(config).from_pretrained(source), "quantization_config", None) is not None:
+            raise ValueError(
+                "its files are quantised themselves. Build the model in floats from other ones, load_adapter(base,"
+                " file), then save_merged(base, folder)."
+            )
         return type(root).from_pretrained(source, config=config, dtype="auto").eval()
     except (OSError, ValueError) as error:
         raise MergeError(f"Cannot merge: {reason} Its float base could not be loaded from {source}: {error}") from error

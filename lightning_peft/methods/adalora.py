@@ -55,7 +55,7 @@ class AdaLoRAFactors(LowRank):
             parameter = self._parameters[name]
             if parameter.grad is None:
                 continue
-            now = (parameter.detach() * parameter.grad).abs()
+            now = (parameter.detach() * parameter.grad).abs().nan_to_num(0.0, 0.0, 0.0)  # a step the GradScaler skipped
             mean = self.importance.get(name, torch.zeros_like(now)).to(now.device)
             mean = beta1 * mean + (1 - beta1) * now
             spread = self.uncertainty.get(name, torch.zeros_like(now)).to(now.device)

@@ -175,3 +175,17 @@ def test_manual_optimization(before, tmp_path):
     else:
         with pytest.raises(TrainingError, match=r"call zero_grad\(\) before the backward pass"):
             run.fit(module, loader("bert"))
+
+
+def test_a_skipped_step():
+    """Under a GradScaler a step with an overflow is not taken; its gradients must not spoil the statistics."""
+    torch.manual_seed(0)
+    net, method = nn.Sequential(nn.Linear(4, 4)), AdaLoRA(init_r=3, target_r=1)
+    inject(net, method)
+    delta = net[0].delta
+    for step in range(1, 7):
+        for p in (delta.lora_A, delta.lora_B, delta.lora_E):
+            p.grad = torch.full_like(p, float("inf")) if step == 1 else torch.randn_like(p)
+            p.data += 0.1
+        method.after_step(net, step, 6)
+    assert delta.kept is not None and int(delta.kept.sum()) == 1 and torch.isfinite(delta.lora_E).all()
