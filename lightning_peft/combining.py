@@ -170,9 +170,16 @@ def _corrections(state, info, method) -> dict[str, tuple[Factors, Tails]]:
 
 
 def _target(name: str, targets: Sequence[str]) -> str:
-    """The adapted module that factors belong to, as patterns of ranks and scalings know it."""
-    plain = name.replace(".base.", ".")
-    return max((t for t in targets if plain.startswith(f"{t}.delta")), key=len)
+    """The adapted module that a tensor belongs to, as patterns know it; empty for one that is trained in full."""
+    path, last = "", None
+    for part in name.split("."):
+        if path in targets and part == "delta":
+            return path
+        if part == "base" and path in targets and path != last:  # the wrapper's own part
+            last = path
+        else:
+            path = f"{path}.{part}" if path else part
+    return ""
 
 
 def _stacked(A: Tensor, B: Tensor) -> int:
@@ -215,7 +222,8 @@ def _method(old, targets: list[str], ranks: dict[str, int]) -> LoRA:
 def _means(opened, weights: list[float]) -> dict[str, Tensor]:
     """Everything trained in full, as a weighted mean."""
     prefix, found = opened[0][2]["network"], {}
-    names = [[n.removeprefix(i["network"]) for n in s if ".delta." not in f".{n}"] for _, s, i, _ in opened]
+    plain = [([n.removeprefix(i["network"]) for n in s], i["methods"][0]["targets"]) for _, s, i, _ in opened]
+    names = [[n for n in group if not _target(n, targets)] for group, targets in plain]
     if any(set(n) != set(names[0]) for n in names):
         odd = sorted(set().union(*names) - set(names[0]).intersection(*names))
         raise CheckpointError(f"combine: not all files hold {odd[0]!r}, which is trained in full, so it has no mean.")

@@ -10,13 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_model
 from torch import nn
 
 from lightning_peft.checkpoint import adapter_state_dict, load_adapter, section
 from lightning_peft.errors import MergeError, PEFTError
 from lightning_peft.files import SECTION
-from lightning_peft.merging import merge_and_unload, obstacle
+from lightning_peft.merging import merge_and_unload, obstacle, tied_parameters
 from lightning_peft.quantized import bits
 from lightning_peft.replacing import replacing_folder
 from lightning_peft.trainable import MARK, require
@@ -115,8 +116,25 @@ def plain_copy(root: nn.Module) -> nn.Module:
         load_adapter(merged, {"state_dict": adapter_state_dict(root), SECTION: section(root)})
     else:
         merged = copy.deepcopy(root).cpu()
+    tied = tied_parameters(merged)
     merge_and_unload(merged)
+    if tied - tied_parameters(merged) and hasattr(merged, "save_pretrained"):
+        _refuse_retied(merged)
     return merged
+
+
+def _refuse_retied(merged: Any) -> None:
+    """Some architectures (T5) tie their embeddings at each load, whatever the configuration says."""
+    with torch.device("meta"):
+        again = type(merged)(type(merged.config).from_dict(merged.config.to_dict()))
+        again.tie_weights()
+    for group in tied_parameters(again):
+        if len({id(merged.get_parameter(n)) for n in group}) > 1:
+            raise MergeError(
+                f"{type(merged).__name__} ties {' and '.join(group)} whenever it is loaded, and the adapters on some of"
+                " them make them differ: a merged folder would load as another model. Leave embeddings and output head"
+                " out of target_modules, or keep the adapter beside the base: save_adapter(model, path)."
+            )
 
 
 def float_base(root: nn.Module, reason: str = "") -> nn.Module:
@@ -134,6 +152,11 @@ def float_base(root: nn.Module, reason: str = "") -> nn.Module:
         )
     config.__dict__.pop("quantization_config", None)
     try:
+        if getattr(type(config).from_pretrained(source), "quantization_config", None) is not None:
+            raise ValueError(
+                "its files are quantised themselves. Build the model in floats from other ones, load_adapter(base,"
+                " file), then save_merged(base, folder)."
+            )
         return type(root).from_pretrained(source, config=config, dtype="auto").eval()
     except (OSError, ValueError) as error:
         raise MergeError(f"Cannot merge: {reason} Its float base could not be loaded from {source}: {error}") from error

@@ -28,6 +28,8 @@ from lightning_peft.trainable import (
 )
 
 Methods = Method | Sequence[Method]
+#: parts of a method that act on every module of its kind
+_DRIVEN = ("regularizer", "transform_grads", "after_step")
 
 
 def inject(model: nn.Module, method: Methods) -> None:
@@ -221,6 +223,13 @@ def _check_shapes(root: nn.Module) -> None:
 def _check_overlap(methods: list[Method], targets: list[dict[str, nn.Module]]) -> None:
     if is_complete(methods) and len(methods) > 1:
         raise ConfigError("Full fine-tuning trains everything already; give it alone.")
+    kinds = [type(m) for m in methods]
+    for kind in set(kinds):
+        if kinds.count(kind) > 1 and any(getattr(kind, p) is not getattr(Method, p) for p in _DRIVEN):
+            raise ConfigError(
+                f"{kinds.count(kind)} {kind.__name__} in one list: what it does in each training step would reach the"
+                " modules of the others, too. Give one, with all targets (and rank_pattern where it has one)."
+            )
     owner: dict[int, str] = {}
     for m, chosen in zip(methods, targets, strict=True):
         for name, module in chosen.items():

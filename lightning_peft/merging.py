@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_peft.adapted import Adapted
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import remove
 from lightning_peft.switching import switch
@@ -64,8 +65,12 @@ def merge_and_unload(model: nn.Module) -> None:
     switch(injection, root, merged=True)
     remove(injection, root)
     config = getattr(root, "config", None)
-    if tied and tied_parameters(root) != tied and getattr(config, "tie_word_embeddings", False):
+    left = tied_parameters(root)
+    if tied != left and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # one side took an adapter, the other did not: they are two tensors now
+        for first, *others in (g for g in left if any(set(g) < set(group) for group in tied)):
+            for name in others:  # a file written from here must hold each of them
+                _separate(root, name, root.get_parameter(first))
 
 
 def refuse(model: nn.Module) -> None:
@@ -89,8 +94,20 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def tied_parameters(root: nn.Module) -> set[tuple[str, ...]]:
-    """Groups of names that stand for one parameter."""
+    """Groups of names, as they were before injection, that stand for one parameter."""
     names: dict[int, list[str]] = {}
+    wrappers = {n for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, Adapted)}
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.replace(".base.", "."))
+        names.setdefault(id(parameter), []).append(_bare(name, wrappers))
     return {tuple(sorted(group)) for group in names.values() if len(group) > 1}
+
+
+def _bare(name: str, wrappers: set[str]) -> str:
+    parts = name.split(".")
+    return ".".join(p for i, p in enumerate(parts) if p != "base" or ".".join(parts[:i]) not in wrappers)
+
+
+def _separate(root: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    copy = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+    root.get_submodule(owner)._parameters[leaf] = copy

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.errors import ConfigError
+
 
 def bits(weight: Tensor | None) -> int | None:
     """How many bits a packed weight has per number, or None for a plain one (bitsandbytes, torchao).
@@ -18,6 +20,8 @@ def bits(weight: Tensor | None) -> int | None:
     if getattr(weight, "quant_state", None) is not None:
         return 4  # also where pickling left a plain Parameter
     kind = type(weight)
+    if kind is Tensor or kind is nn.Parameter:  # before any work on strings, which torch.compile cannot trace
+        return 8 if weight.is_floating_point() and weight.dtype.itemsize == 1 else None
     home = kind.__module__.partition(".")[0]
     if home == "bitsandbytes":
         return 4 if kind.__name__ == "Params4bit" else 8
@@ -38,6 +42,11 @@ def plain(weight: Tensor) -> Tensor:
     if hasattr(weight, "dequantize") and type(weight).__module__.startswith("torchao"):
         return weight.dequantize()
     state = getattr(weight, "quant_state", None)
+    if state is None and weight.dtype.itemsize == 1:
+        raise ConfigError(
+            "The scales of this 8-bit weight are kept apart from it, so its values cannot be read: DoRA and the starts"
+            " pissa and olora need a base in 4 bits or floats. Use LoRA(init='kaiming') here."
+        )
     if state is None:  # not packed yet: bitsandbytes does so on the way to the device
         return weight.data
     from bitsandbytes.functional import dequantize_4bit

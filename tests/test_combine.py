@@ -211,3 +211,24 @@ def test_scenarios(tmp_path):
     with disabled(module):
         assert torch.equal(logits(module.net, "bert"), logits(plain.net, "bert"))
     assert trainable_names(module)[0].startswith("net.")
+
+
+def test_names_like_ours(tmp_path):
+    """Networks may call their own parts ``base`` and ``delta``."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.ModuleDict({"base": nn.Sequential(nn.Linear(4, 4))})
+            self.delta = nn.Linear(4, 4)
+
+    net, path = Named(), tmp_path / "a.safetensors"
+    inject(net, LoRA(r=2, rank_pattern={"net.base.0": 3}, target_modules="net.base.0", modules_to_save="delta"))
+    wrapped = net.net["base"][0]
+    wrapped.delta.lora_B.data.normal_(), net.delta.weight.data.add_(1)
+    save_adapter(net, path)
+    again = Named()
+    load_adapter(again, combine([path, path], [0.5, 1.0]))
+    torch.testing.assert_close(again.net["base"][0].delta.product(), 1.5 * wrapped.delta.product())
+    torch.testing.assert_close(again.delta.weight, net.delta.weight)

@@ -59,3 +59,45 @@ def test_a_diverged_adapter_is_not_merged():
     assert not any(m.originals for m in layers) and all(m.active for m in layers)
     with pytest.raises(MergeError, match="not merged"):
         unmerge(model)
+
+
+def sequence_model(kind: str):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "vocab_size": 61, "decoder_start_token_id": 1}
+    if kind == "t5":
+        sizes |= {"d_kv": 8, "d_ff": 20, "num_layers": 1, "num_heads": 2}
+    else:
+        sides = ("encoder", "decoder")
+        sizes |= {
+            f"{side}_{n}": v for side in sides for n, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 20))
+        }
+    return transformers.AutoModelForSeq2SeqLM.from_config(transformers.AutoConfig.for_model(kind, **sizes)).eval()
+
+
+@pytest.mark.parametrize("targets", [["encoder.embed_tokens"], ["decoder.embed_tokens", "lm_head"]], ids=str)
+def test_one_of_four_ties(targets, tmp_path):
+    """BART ties four tensors; those the adapters left alone are written one by one, as nothing ties them at reload."""
+    model, ids = sequence_model("bart"), torch.randint(3, 61, (2, 7))
+    inject(model, LoRA(r=2, target_modules=targets))
+    shake(model)
+    expected = model(ids, decoder_input_ids=ids).logits
+    save_merged(model, tmp_path / "m")
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(again(ids, decoder_input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+    merge_and_unload(model)
+    model.save_pretrained(tmp_path / "n")
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "n").eval()
+    torch.testing.assert_close(again(ids, decoder_input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_ties_that_come_back(tmp_path):
+    """T5 ties at every load: a folder with two different tensors would load as another model, so none is written."""
+    model = sequence_model("t5")
+    inject(model, LoRA(r=2, target_modules="encoder.embed_tokens"))
+    shake(model)
+    with pytest.raises(MergeError, match=r"T5ForConditionalGeneration ties .* whenever it is loaded"):
+        save_merged(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists() and model.encoder.embed_tokens.active
+    other = sequence_model("t5")
+    inject(other, LoRA(r=2, target_modules="all-linear"))
+    save_merged(other, tmp_path / "m")

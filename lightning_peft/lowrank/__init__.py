@@ -20,5 +20,6 @@ from lightning_peft.lowrank.wrapping import frozen_names as frozen_names
 from lightning_peft.lowrank.wrapping import is_linear as is_linear
 from lightning_peft.lowrank.wrapping import places as places
 from lightning_peft.lowrank.wrapping import read_by_parents as read_by_parents
+from lightning_peft.lowrank.wrapping import read_children as read_children
 from lightning_peft.lowrank.wrapping import with_output as with_output
 from lightning_peft.lowrank.wrapping import wrap as wrap

@@ -79,6 +79,6 @@ class LowRankEmbedding(LowRankLinear):
         """x: ids (…) -> (…, dim)."""
         A, B = self.delta.factors()
         e = self.base
-        low = F.linear(F.embedding(x, A.T, e.padding_idx, None, 2.0, e.scale_grad_by_freq, e.sparse), B)
+        low = F.linear(F.embedding(x, A.T, e.padding_idx, None, 2.0, e.scale_grad_by_freq), B)
         scale = getattr(e, "embed_scale", None)  # Gemma multiplies its embedding's output
         return low if scale is None else low * scale

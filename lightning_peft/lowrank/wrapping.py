@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,8 +64,13 @@ def wrap(module: nn.Module, name: str, make: Callable[[Place], LowRank]) -> Adap
         make: gives the factors of a matrix.
 
     Raises:
-        ConfigError: dropout on a layer that corrects its weight.
+        ConfigError: dropout on a layer that corrects its weight, an embedding that rewrites its rows.
     """
+    if getattr(module, "max_norm", None) is not None:
+        raise ConfigError(
+            f"{name!r} is nn.Embedding(max_norm={module.max_norm}), which writes into its rows at each look-up, so the"
+            f" base would not stay what it was. Set max_norm=None, or exclude_modules={name!r}."
+        )
     deltas = {place.name: make(place) for place in places(module, name)}
     kind = _kind(module)
     if kind in (LowRankAttention, LowRankProjection, LowRankStack) and any(d.dropout for d in deltas.values()):
@@ -76,12 +84,35 @@ def wrap(module: nn.Module, name: str, make: Callable[[Place], LowRank]) -> Adap
 
 
 def read_by_parents(model: nn.Module) -> None:
-    """Tell layers in `nn.TransformerEncoderLayer` that its fast path reads their weights and calls none of them."""
-    for parent in model.modules():
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            for child in parent.children():
-                if isinstance(child, LowRankLinear):
-                    child.read = True
+    """Tell layers whose parents read their weights and do not call them (see `read_children`)."""
+    for name, child in read_children(model):
+        if isinstance(child, LowRankLinear):
+            child.read = True
+            if child.delta.dropout and not isinstance(model.get_submodule(name), nn.TransformerEncoderLayer):
+                warnings.warn(
+                    f"{type(model.get_submodule(name)).__name__} reads the weights of its projections, where no input"
+                    f" can be dropped: dropout={child.delta.dropout} does not act in {name}.",
+                    stacklevel=2,
+                )
+
+
+def read_children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Parts of modules that read their parts' weights, each with its parent's name.
+
+    `nn.TransformerEncoderLayer` does so on its fast path, and attention that hands its projections to torch's
+    ``multi_head_attention_forward`` (WavLM) always.
+    """
+    for name, parent in model.named_modules():
+        if _reads(type(parent)):
+            yield from ((name, child) for child in parent.children())
+
+
+@functools.cache
+def _reads(kind: type) -> bool:
+    functions = (f for c in kind.__mro__ for f in vars(c).values() if isinstance(f, types.FunctionType))
+    return issubclass(kind, nn.TransformerEncoderLayer) or any(
+        "multi_head_attention_forward" in f.__code__.co_names for f in functions
+    )
 
 
 def factors_of(module: Adapted) -> Iterator[LowRank]:

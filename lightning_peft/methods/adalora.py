@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft import lowrank
 from lightning_peft.adapted import Adapted
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, TrainingError
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.method import Method, check_number
 
@@ -55,7 +55,7 @@ class AdaLoRAFactors(LowRank):
             parameter = self._parameters[name]
             if parameter.grad is None:
                 continue
-            now = (parameter.detach() * parameter.grad).abs()
+            now = (parameter.detach() * parameter.grad).abs().nan_to_num(0.0, 0.0, 0.0)  # a step the GradScaler skipped
             mean = self.importance.get(name, torch.zeros_like(now)).to(now.device)
             mean = beta1 * mean + (1 - beta1) * now
             spread = self.uncertainty.get(name, torch.zeros_like(now)).to(now.device)
@@ -220,7 +220,11 @@ class AdaLoRA(Method):
         ready = [d for d in deltas if len(d.importance) == len(_TRAINED)]
         scores = [d.scores() for d in ready]
         if not scores:
-            return
+            raise TrainingError(
+                "AdaLoRA measures importance by the gradients of the step just taken, and there are none. In manual"
+                " optimization call zero_grad() before the backward pass, not after optimizer.step(); where adapters"
+                " rest in the first steps, set tinit."
+            )
         flat = torch.cat([s.flatten().to(scores[0].device) for s in scores])
         excess = flat.numel() - budget
         threshold = float(flat.kthvalue(excess).values) if excess > 0 else -1.0

@@ -12,6 +12,8 @@ from lightning_peft.adapted import Adapted
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.methods.lora import LoRA
 
+_TINY = 1e-6
+
 
 class DoRAFactors(LowRank):
     """`LowRank` with ``lora_magnitude`` (…, out): the norm each row of the corrected weight shall have."""
@@ -25,7 +27,7 @@ class DoRAFactors(LowRank):
     def gain(self, matrix: Tensor) -> Tensor:
         """``m / ‖W + s·B·A‖`` by row; the norm is a constant in the backward pass (section 4.3 of the paper)."""
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(super().combine(matrix), dim=-1)
+            norm = row_norms(super().combine(matrix))
         return self.lora_magnitude / norm
 
     def combine(self, matrix: Tensor) -> Tensor:
@@ -75,5 +77,9 @@ class DoRA(LoRA):
         if delta.lora_A.is_meta:
             return
         with torch.no_grad():
-            matrix = LowRank.combine(delta, delta.matrix(place.weight))
-            delta.lora_magnitude.copy_(torch.linalg.vector_norm(matrix, dim=-1))
+            delta.lora_magnitude.copy_(row_norms(LowRank.combine(delta, delta.matrix(place.weight))))
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """Norms by row, above zero: a row of zeros (a layer that starts at zero) has no direction to divide by."""
+    return torch.linalg.vector_norm(matrix, dim=-1).clamp(min=_TINY)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.adapted import Adapted, Delta, factor_dtype
+from lightning_peft.lowrank import read_children
 from lightning_peft.match import means
 from lightning_peft.method import Method
 
@@ -29,6 +30,20 @@ class IA3Output(Adapted):
 
     base: Any
     delta: Any
+    #: whether some code reads ``weight`` and ``bias`` instead of calling this module
+    read = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight; the rescaled one where it is read instead of this module being called."""
+        weight = self.base.weight
+        return self.merged()["weight"].to(weight.dtype) if self.read and self.active else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As `weight`."""
+        bias = self.base.bias
+        return self.merged()["bias"].to(bias.dtype) if bias is not None and self.read and self.active else bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out)."""
@@ -50,7 +65,7 @@ class IA3Input(Adapted):
 
     base: Any
     delta: Any
-    #: whether `nn.TransformerEncoderLayer`'s fast path reads ``weight`` instead of calling this module
+    #: whether some code reads ``weight`` instead of calling this module
     read = False
 
     @property
@@ -165,6 +180,6 @@ class IA3(Method):
 
     def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
         """Link layers to code that reads their weights."""
-        for parent in model.modules():
-            if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(parent.linear2, IA3Input):
-                parent.linear2.read = True
+        for _, child in read_children(model):
+            if isinstance(child, (IA3Input, IA3Output)):
+                child.read = True

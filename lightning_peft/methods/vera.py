@@ -65,7 +65,7 @@ class VeRA(Method):
         r: rank of the shared matrices; larger than LoRA's, as it costs only r numbers per layer.
         d_initial: start value of d.
         dropout: probability of dropping an input feature of the branch.
-        target_modules, exclude_modules: patterns or words; linear layers and Conv1D.
+        target_modules, exclude_modules: patterns or words; linear layers, Conv1D, torch's attention.
         modules_to_save: further modules, trained and saved in full (heads).
         layers: adapt only the layers with these numbers.
         init_seed: seed of A and B.
@@ -97,8 +97,16 @@ class VeRA(Method):
         check_number("VeRA", "dropout", self.dropout, 0.0, high=1.0)
 
     def adapts(self, module: nn.Module) -> bool:
-        """Linear layers and Conv1D."""
-        return self.is_linear(module)
+        """Linear layers, Conv1D and `nn.MultiheadAttention`."""
+        return lowrank.is_linear(module)
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Linear layers, Conv1D and attention with packed projections."""
+        return lowrank.is_linear(module)
+
+    def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+        """The modules to wrap; an attention module of torch brings its output projection along."""
+        return lowrank.with_output(super().targets(model, prefix), self.exclude_modules, prefix)
 
     def wrap(self, module: nn.Module, name: str) -> Adapted:
         """Wrap one layer; `connect` completes it."""

@@ -35,8 +35,8 @@ def build_optimizer(model: nn.Module, lr: float | None, weight_decay: float, *, 
     methods: Sequence[Method] = found[0].methods if found else []
     if lr is None:
         lr = min([m.default_lr for m in methods], default=PLAIN_LR)
-    grouping = next((m for m in methods if type(m).param_groups is not Method.param_groups), None)
-    groups = (grouping or _Plain()).param_groups(model, lr, weight_decay)
+    grouping = [m for m in methods if type(m).param_groups is not Method.param_groups] or [_Plain()]
+    groups = max((m.param_groups(model, lr, weight_decay) for m in grouping), key=len)
     fused = not scaled and all(_can_fuse(p) for g in groups for p in g["params"])
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused or None)
 

@@ -6,7 +6,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_peft import PEFT, AdaLoRA, ConfigError, adapter_state_dict, inject, load_adapter, merge, summarize
+from lightning_peft import (
+    PEFT,
+    AdaLoRA,
+    ConfigError,
+    TrainingError,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    merge,
+    summarize,
+)
 from lightning_peft.methods.adalora import AdaLoRAFactors
 from tests.contract.battery import same
 from tests.golden_case import Golden, adapter_parameters
@@ -140,3 +150,42 @@ def test_schedules_that_cannot_be():
     inject(net, method)
     with pytest.raises(ConfigError, match=r"leaves no step to prune in, the run has 10"):
         method.after_step(net, 1, 10)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_manual_optimization(before, tmp_path):
+    """Importance comes from the gradients of the step: dropped right after it, nothing could be measured."""
+
+    class Manual(Foreign):
+        automatic_optimization = False
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+            if before:
+                optimizer.zero_grad()
+            self.manual_backward(self.net(**batch).loss)
+            optimizer.step()
+            if not before:
+                optimizer.zero_grad()
+
+    module, run = Manual(), trainer(tmp_path, PEFT(AdaLoRA(init_r=6, target_r=2)), max_epochs=2)
+    if before:
+        run.fit(module, loader("bert"))
+        assert kept(module) == 2 * len(factors(module))
+    else:
+        with pytest.raises(TrainingError, match=r"call zero_grad\(\) before the backward pass"):
+            run.fit(module, loader("bert"))
+
+
+def test_a_skipped_step():
+    """Under a GradScaler a step with an overflow is not taken; its gradients must not spoil the statistics."""
+    torch.manual_seed(0)
+    net, method = nn.Sequential(nn.Linear(4, 4)), AdaLoRA(init_r=3, target_r=1)
+    inject(net, method)
+    delta = net[0].delta
+    for step in range(1, 7):
+        for p in (delta.lora_A, delta.lora_B, delta.lora_E):
+            p.grad = torch.full_like(p, float("inf")) if step == 1 else torch.randn_like(p)
+            p.data += 0.1
+        method.after_step(net, step, 6)
+    assert delta.kept is not None and int(delta.kept.sum()) == 1 and torch.isfinite(delta.lora_E).all()

@@ -239,3 +239,56 @@ def test_lightnings_precision(tmp_path):
     assert type(layer.delta.lora_A) is nn.Parameter and layer.delta.lora_A.dtype == torch.float32
     with pytest.raises(ConfigError, match=r"classifier.weight is to train but is stored in few bits"):
         run(method, None, Classifier())
+
+
+def test_eight_bits():
+    """LoRA needs no values of the base; those of bitsandbytes' 8-bit weights cannot be read off the weight."""
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    net, x = nn.Sequential(layer.to("cpu")), torch.randn(3, 64)
+    before = net(x)
+    for method in (DoRA(r=2), LoRA(r=2, init="pissa")):
+        with pytest.raises(ConfigError, match="scales of this 8-bit weight are kept apart"):
+            inject(net, method)
+        assert net[0] is layer
+    inject(net, LoRA(r=2))
+    assert torch.equal(net(x), before)
+    net[0].delta.lora_B.data.normal_()
+    net(x).sum().backward()
+    assert net[0].delta.lora_A.grad.any()
+    with pytest.raises(MergeError, match="stored in 8 bits"):
+        merge(net)
+
+
+def test_a_source_in_four_bits(source, tmp_path):
+    """Files that are quantised themselves hold no float base: said before training, nothing is written."""
+    in_four_bits(source).save_pretrained(tmp_path / "packed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    inject(model, QLoRA(r=2))
+    with pytest.raises(MergeError, match="its files are quantised themselves"):
+        save_merged(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_float8_is_no_plain_weight():
+    """A layer that keeps scales beside a float8 weight (as in FP8 models): adapted, never merged, never misread."""
+
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8, bias=False)
+            self.scale = nn.Parameter(self.weight.detach().abs().max() / 448)
+            self.weight = nn.Parameter((self.weight.detach() / self.scale).to(torch.float8_e4m3fn), requires_grad=False)
+
+        def forward(self, x):
+            return x @ (self.weight.float() * self.scale).T
+
+    net, x = nn.Sequential(Scaled()), torch.randn(3, 8)
+    before = net(x)
+    with pytest.raises(ConfigError, match="scales of this 8-bit weight are kept apart"):
+        inject(net, DoRA(r=2))
+    inject(net, LoRA(r=2))
+    assert torch.equal(net(x), before) and net[0].delta.lora_A.dtype == torch.float32
+    with pytest.raises(MergeError, match="stored in 8 bits"):
+        merge(net)
