@@ -46,14 +46,21 @@ class Source(NamedTuple):
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """x, (rows, in), with the history of its parts."""
-        x = self.core()
-        for factor in self.rows:
+        rows, x = self._statistics() if self.mean else (self.rows, self.core())
+        for factor in rows:
             x = x * factor.reshape(-1, 1)
         for factor in self.columns:
             x = x * factor
         for shift in self.shift:
             x = x + shift
         return x.to(dtype)
+
+    def _statistics(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """A layer norm's factors and centred input, with the history that the kept statistics lack."""
+        start, (scale,) = self.full[0], self.rows
+        variance, mean = torch.var_mean(start, -1, unbiased=False, keepdim=True)
+        epsilon = (scale.pow(-2) - variance).detach()
+        return ((variance + epsilon).rsqrt(),), (start - mean).reshape(-1, start.shape[-1])
 
     def gradient(self, dlow: Tensor, A: Tensor, scaling: float) -> Tensor:
         """``s·dlow·x``; dlow: (r, rows), A: (r, in), for its shape."""

@@ -29,9 +29,9 @@ class First(Function):
         """
         weight, bias, scaling = fixed
         rows = x.reshape(-1, x.shape[-1])
-        low = _stack(As, x.dtype) @ rows.t()
+        low = (_stack(As, x.dtype) @ rows.t()).mul_(scaling)
         mine, *others = low.split([len(A) for A in As]) if len(As) > 1 else [low]
-        y = _corrected(x, weight, bias, mine, B, scaling)
+        y = _corrected(rows, x.shape, weight, bias, mine, B)
         found = found or Source(())
         ctx.save_for_backward(weight, B, mine, *As, *(t for kind in found for t in kind))
         ctx.count, ctx.sizes, ctx.scaling, ctx.shape = len(As), found.sizes, scaling, x.shape
@@ -51,21 +51,21 @@ class First(Function):
         again = torch.is_grad_enabled()
         x = _connected(found, weight.dtype) if again else None
         if x is not None:
-            low = As[0].to(x.dtype) @ x.t()
+            low = (As[0].to(x.dtype) @ x.t()) * ctx.scaling
         needs_x, needs_B, needs_A = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
         dlow = dB = None
         if dy is not None:
             dy = dy.reshape(-1, dy.shape[-1])
-            dlow, dB = _small(dy, low, B, ctx.scaling, needs_B)
+            dlow, dB = _small(dy, low, B, needs_B)
             dx = _grown(dx, dy, weight) if needs_x else None
         there = [(i, d) for i, d in enumerate((dlow, *dlows)) if d is not None]
         dAs: list[Tensor | None] = [None] * ctx.count
         if there and (needs_x or any(needs_A)):
             g = torch.cat([d for _, d in there]) if len(there) > 1 else there[0][1]
             stack = [As[i] for i, _ in there]
-            A = _stack(stack, torch.promote_types(stack[0].dtype, g.dtype))
+            A = _stack(stack, g.dtype)
             if needs_x:
-                dx = _grown(dx, g.t(), A.to(g.dtype), ctx.scaling)
+                dx = _grown(dx, g.t(), A, ctx.scaling)
             if any(needs_A):
                 dA = found.gradient(g, A, ctx.scaling) if x is None else (g @ x) * ctx.scaling
                 for (i, _), part in zip(there, dA.split([len(A) for A in stack]), strict=True):
@@ -78,11 +78,10 @@ class Next(Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, low: Tensor, fixed: tuple, B: Tensor, last: bool) -> Any:
-        """rows: (rows, in), in the graph; low: (r, rows); fixed: x itself, weight, bias, scaling."""
-        x, weight, bias, scaling = fixed
-        y = _corrected(x, weight, bias, low, B, scaling)
+        """rows: (rows, in); low: (r, rows); fixed: shape of x, weight, bias."""
+        shape, weight, bias = fixed
+        y = _corrected(rows, shape, weight, bias, low, B)
         ctx.save_for_backward(weight, B, low)
-        ctx.scaling = scaling
         ctx.set_materialize_grads(False)
         if last:
             return y
@@ -98,7 +97,7 @@ class Next(Function):
             return dx, None, None, None, None
         weight, B, low = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
-        dlow, dB = _small(dy, low, B, ctx.scaling, ctx.needs_input_grad[3])
+        dlow, dB = _small(dy, low, B, ctx.needs_input_grad[3])
         return (_grown(dx, dy, weight) if ctx.needs_input_grad[0] else None), dlow, None, dB, None
 
 
@@ -106,26 +105,27 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, B: Tenso
     """As `First.forward`; without autograd only y."""
     if not torch.is_grad_enabled():
         rows = x.reshape(-1, x.shape[-1])
-        return _corrected(x, weight, bias, As[0].to(x.dtype) @ rows.t(), B, scaling)
+        low = (As[0].to(x.dtype) @ rows.t()).mul_(scaling)
+        return _corrected(rows, x.shape, weight, bias, low, B)
     found = source(x) if any(A.requires_grad for A in As) else None
     return First.apply(x, found, (weight, bias, scaling), B, *As)
 
 
-def _corrected(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor, scaling: float) -> Tensor:
-    y = F.linear(x, weight, bias)  # nobody else holds it, so it may be written into
-    y.view(-1, y.shape[-1]).addmm_(low.t(), B.to(y.dtype).t(), alpha=scaling)
-    return y
+def _corrected(rows: Tensor, shape: torch.Size, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
+    """``rows·Wᵀ + b + lowᵀ·Bᵀ`` in the shape of the layer's output."""
+    y = F.linear(rows, weight, bias)  # nobody else holds it, so it may be written into
+    y.addmm_(low.t(), B.to(y.dtype).t())
+    return torch.ops.aten._unsafe_view(y, (*shape[:-1], len(weight)))  # a view could not be written into by its user
 
 
 def _stack(As: Any, dtype: torch.dtype) -> Tensor:
     return (torch.cat(As) if len(As) > 1 else As[0]).to(dtype)
 
 
-def _small(dy: Tensor, low: Tensor, B: Tensor, scaling: float, needs_B: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``low`` (without s, which joins later) and of B."""
-    across = B.to(dy.dtype).t()
-    dlow = across @ dy.t()
-    return dlow, torch.addmm(across, low, dy, beta=0, alpha=scaling).t() if needs_B else None
+def _small(dy: Tensor, low: Tensor, B: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``low`` and of B."""
+    dlow = B.to(dy.dtype).t() @ dy.t()
+    return dlow, (low @ dy).t() if needs_B else None
 
 
 def _grown(dx: Tensor | None, a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:

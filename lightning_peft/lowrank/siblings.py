@@ -83,7 +83,7 @@ def run(layer: Any, x: Any) -> Tensor | None:
         return products.run(x, weight, bias, scaling, B, [A])
     waiting = group.waiting
     if waiting is not None and waiting.x is x and waiting.version == x._version and id(layer) in waiting.lows:
-        return _follow(group, waiting, id(layer), x, (x, weight, bias, scaling), B)
+        return _follow(group, waiting, id(layer), (x.shape, weight, bias), B)
     others = _others(group, layer, x, scaling)
     result = products.run(x, weight, bias, scaling, B, [A, *(o.delta.lora_A for o in others)])
     if not others:
@@ -93,7 +93,7 @@ def run(layer: Any, x: Any) -> Tensor | None:
     return y
 
 
-def _follow(group: Siblings, waiting: Waiting, key: int, x: Tensor, fixed: tuple, B: Tensor) -> Tensor:
+def _follow(group: Siblings, waiting: Waiting, key: int, fixed: tuple, B: Tensor) -> Tensor:
     low = waiting.lows.pop(key)
     last = not waiting.lows
     result = products.Next.apply(waiting.rows, low, fixed, B, last)
