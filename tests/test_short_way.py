@@ -1,4 +1,4 @@
-"""The short way of low-rank layers equals the plain formula: values, gradients, what is kept, and where it steps aside."""
+"""The short way of low-rank layers equals the plain formula: values, gradients, what is kept, where it steps aside."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_peft.data.base import ROW, SplitDataModule
 from lightning_peft.data.collate import Masking, TextCollator
 from lightning_peft.data.labels import as_numbers, need_column, need_values
+from lightning_peft.data.packing import pack
 from lightning_peft.data.sources import read
 from lightning_peft.data.tokenise import DEFAULT_MAX_LENGTH, Encoder, Fields, load_tokenizer, tokenise
 from lightning_peft.errors import ConfigError
@@ -65,6 +66,9 @@ class TextDataModule(SplitDataModule):
         batch_size: rows of a training batch in one process.
         eval_batch_size: rows of any other batch; by default ``batch_size``.
         group_by_length: batches of rows of similar length, which need less padding; see `LengthGroupedBatches`.
+        packing: for causal-lm, lay rows end to end in rows of ``max_length`` tokens (train, validation and test), so
+            that nearly nothing is padding; no row sees another (a loop of your own must pass ``use_cache=False``: with
+            a cache transformers takes no note of positions). ``batch_size`` counts the packed rows.
         pad_to_multiple_of: round widths up, for kernels that like it.
         num_workers: processes that build batches; rows are tokenised beforehand, so 0 is usually fastest.
         seed: for the split, subsets, the order of batches and masks.
@@ -108,6 +112,7 @@ class TextDataModule(SplitDataModule):
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         group_by_length: bool = True,
+        packing: bool = False,
         pad_to_multiple_of: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -140,6 +145,8 @@ class TextDataModule(SplitDataModule):
             raise ConfigError(
                 f"text_pair_column belongs to sequence-classification and regression, not to {self.task}."
             )
+        if self.packing and self.task != "causal-lm":
+            raise ConfigError(f"packing belongs to causal-lm, not to {self.task}, where a row is seen as a whole.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length={self.max_length}: give at least 2.")
 
@@ -156,6 +163,8 @@ class TextDataModule(SplitDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Find the tokenizer, then read, split and tokenise what the stage needs."""
         self._find_tokenizer()
+        if self.packing:
+            _refuse_virtual_tokens(getattr(self.trainer, "callbacks", []))
         super().setup(stage)
         if self.num_workers:  # tokenizers complains in each worker otherwise: it was used before the fork
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -191,10 +200,11 @@ class TextDataModule(SplitDataModule):
         elif self.task not in _UNLABELLED:
             rows, keep = self._with_labels(rows, split), ["labels"]
         rows = rows.select_columns([*dict.fromkeys([*used, *keep])])
+        longest = self.max_length or min(self.tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         encoder = Encoder(
             self.tokenizer,
             self.task,
-            self.max_length or min(self.tokenizer.model_max_length, DEFAULT_MAX_LENGTH),
+            longest,
             self.fields,
             pair_column=self.text_pair_column,
             answer_column=self.answer_column,
@@ -202,7 +212,8 @@ class TextDataModule(SplitDataModule):
             separator=self.separator,
             predict=predict,
         )
-        return tokenise(rows, encoder, keep, split, self.cache_dir)
+        done = tokenise(rows, encoder, keep, split, self.cache_dir)
+        return pack(done, longest, split) if self.packing and not predict else done
 
     def _need(self, rows: Dataset, split: str) -> list[str]:
         """Columns that are read, all there and without empty cells."""
@@ -266,6 +277,15 @@ class TextDataModule(SplitDataModule):
             raise ConfigError("masked-lm needs a tokenizer with a mask token; this one is for causal models.")
         special = tuple(self.tokenizer.all_special_ids)
         return Masking(self.tokenizer.mask_token_id, len(self.tokenizer), special, self.mlm_probability, self.seed)
+
+
+def _refuse_virtual_tokens(callbacks: Sequence[Any]) -> None:
+    for method in (m for c in callbacks for m in getattr(c, "methods", None) or []):
+        if hasattr(method, "num_virtual_tokens"):
+            raise ConfigError(
+                f"packing=True: {type(method).__name__} puts its vectors in front of a row, and a packed row holds many."
+                " Set packing=False, or choose a method that leaves the sequence alone (LoRA, adapters)."
+            )
 
 
 def _source_of(module: Any) -> str | None:

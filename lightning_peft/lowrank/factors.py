@@ -142,7 +142,7 @@ class LowRank(Delta):
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def direct(self) -> bool:
-        """Whether the correction is ``scaling · lora_B · lora_A`` and nothing else: no relative changes how it joins."""
+        """Whether the correction is ``scaling · lora_B · lora_A`` and no relative changes how it joins."""
         kind = type(self)
         own = (kind.factors, kind.forward, kind.join, kind.dropped)
         plain = own == (LowRank.factors, LowRank.forward, LowRank.join, LowRank.dropped)

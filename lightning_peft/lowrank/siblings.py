@@ -38,7 +38,7 @@ class Waiting:
 
 
 def usual() -> bool:
-    """Whether this is plain eager execution: no tracing, no function transforms, no autocast, no hooks on everything."""
+    """Whether this is plain eager execution: no tracing, no function transforms, no hooks on everything."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None

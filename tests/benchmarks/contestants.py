@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from lightning_peft import DoRA, Houlsby, IA3, LoRA, LoRAFA, Method, PrefixTuning, PromptTuning, VeRA, inject
+from lightning_peft import IA3, DoRA, Houlsby, LoRA, LoRAFA, Method, PrefixTuning, PromptTuning, VeRA, inject
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -147,11 +147,17 @@ def contestants(net: nn.Module) -> dict[str, dict[str, Callable[[], nn.Module]]]
     def lora(kind: str, targets: Any) -> dict[str, Callable[[], nn.Module]]:
         options = {"dora": {"use_dora": True}}.get(kind, {})
         method = {"dora": DoRA, "fa": LoRAFA}.get(kind, LoRA)
-        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=wide if targets is linear else list(targets), **task, **options)
+        config = peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules=wide if targets is linear else list(targets), **task, **options
+        )
         mine = method(r=8, target_modules=list(targets), **(saved if targets is linear else {}))
         return {"ours": lambda: ours(net, mine), "peft": lambda: theirs(net, config)}
 
-    ia3 = (["k_proj", "v_proj", "down_proj"], ["down_proj"]) if decoder else (["key", "value", "output.dense"], ["output.dense"])
+    ia3 = (
+        (["k_proj", "v_proj", "down_proj"], ["down_proj"])
+        if decoder
+        else (["key", "value", "output.dense"], ["output.dense"])
+    )
     vera = peft.VeraConfig(r=256, target_modules=list(query_value), **task)
     rows: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "LoRA all-linear": lora("", linear) | {"plain": lambda: plain(net, linear)},
