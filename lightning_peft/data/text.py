@@ -283,8 +283,8 @@ def _refuse_virtual_tokens(callbacks: Sequence[Any]) -> None:
     for method in (m for c in callbacks for m in getattr(c, "methods", None) or []):
         if hasattr(method, "num_virtual_tokens"):
             raise ConfigError(
-                f"packing=True: {type(method).__name__} puts its vectors in front of a row, and a packed row holds many."
-                " Set packing=False, or choose a method that leaves the sequence alone (LoRA, adapters)."
+                f"packing=True: {type(method).__name__} puts vectors in front of a row, and a packed row holds many."
+                " Set packing=False, or choose a method that leaves sequences alone (LoRA, adapters)."
             )
 
 

@@ -27,7 +27,7 @@ class Count(TorchDispatchMode):
 
     def __init__(self, follow: bool = True) -> None:
         super().__init__()
-        self.dispatches = self.flops = self.peak = self._live = 0
+        self.dispatches = self.flops = self.peak = self._most = 0
         self._follow, self._storages = follow, dict[int, tuple[StorageWeakRef, int]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,8 +45,11 @@ class Count(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self._storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        self.peak = max(self.peak, self.alive())
+                if storage._cdata not in self._storages:
+                    self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self._most += storage.nbytes()
+        if self._most > self.peak * 1.005:  # nothing was taken off since the last look: look again
+            self.peak = max(self.peak, self.alive())
 
     def ignore(self, tensors: Any) -> None:
         """Storages that were there before."""
@@ -58,7 +61,8 @@ class Count(TorchDispatchMode):
         """Bytes of the storages that someone still holds."""
         for key in [k for k, (ref, _) in self._storages.items() if ref.expired()]:
             del self._storages[key]
-        return sum(size for _, size in self._storages.values())
+        self._most = sum(size for _, size in self._storages.values())
+        return self._most
 
 
 def counts(net: nn.Module, step: Callable[[nn.Module], torch.Tensor]) -> dict[str, float]:

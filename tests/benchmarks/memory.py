@@ -1,7 +1,7 @@
 """What a method saves in memory: gradients and optimizer states, checkpoints, and what is kept for the backward pass.
 
 MiniLM-L6 as a classifier, 8 rows of 128 tokens, float32. All figures count bytes, so they do not depend on the
-machine. Run: python tests/benchmarks/memory.py
+machine. Run: python -m tests.benchmarks.memory
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lightning_peft import (
     summarize,
 )
 from lightning_peft.files import locate
+from tests.benchmarks.measure import counts
 
 MB = 1e6
 
@@ -35,22 +36,12 @@ def model() -> nn.Module:
     return transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=5)
 
 
-def kept(net: nn.Module) -> int:
-    """Bytes of distinct tensors that autograd keeps between forward and backward, parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+def kept(net: nn.Module) -> float:
+    """Bytes alive between forward and backward, parameters not counted."""
     ids = torch.randint(5, 1000, (8, 128))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = net(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros(8, dtype=torch.long)).loss
-    loss.backward()
-    return sum(seen.values())
+    labels = torch.zeros(8, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return counts(net, lambda n: n(**inputs).loss)["kept"]
 
 
 def row(name: str, method: Method, checkpointing: bool = False) -> None:

@@ -74,7 +74,7 @@ def test_refused_where_rows_would_mix(data, tmp_path):
     with pytest.raises(ConfigError, match="packing belongs to causal-lm"):
         TextDataModule("a.csv", packing=True)
     trainer = L.Trainer(callbacks=[PEFT(PromptTuning(2))], max_epochs=1, logger=False, enable_progress_bar=False)
-    with pytest.raises(ConfigError, match="PromptTuning puts its vectors in front"):
+    with pytest.raises(ConfigError, match="PromptTuning puts vectors in front"):
         trainer.fit(TaskModule(llama().float(), "causal-lm"), data(packing=True))
 
 

@@ -88,9 +88,9 @@ def test_backward_keeps_only_the_small_product():
 
 
 def test_near_the_frozen_floor():
-    """In a Llama of eight layers (the script prints the bytes): hundredths above the frozen model, LoRA a third."""
+    """In a Llama of eight layers (the script prints the bytes): hundredths above the frozen model; so is LoRA."""
     found = measure()
-    assert found["LoRAFA"] < 1.05 * found["floor"] < 1.25 * found["floor"] < found["LoRA"]
+    assert found["LoRAFA"] <= found["LoRA"] < 1.05 * found["floor"]
 
 
 def test_trainer_projects(tmp_path):
