@@ -28,6 +28,7 @@ from lightning_peft.task.modes import checkpoint_activations, train_mode
 from lightning_peft.task.objectives import custom_loss, task_loss
 from lightning_peft.task.optimization import build_optimizer, linear_schedule
 from lightning_peft.task.predictions import predict
+from lightning_peft.task.speed import Speed
 from lightning_peft.trainable import find
 
 #: share of all steps the default schedule warms up for: LoRA, arXiv:2106.09685, table 9
@@ -110,6 +111,7 @@ class TaskModule(L.LightningModule):
         self.load_options = dict(model_kwargs or {})
         self.tokenizer = None if isinstance(tokenizer, str) else tokenizer
         self.token_loss = TokenLoss(task)
+        self.speed = Speed()
         self.metrics: Any = None  # a ModuleDict once the labels are known
         given = isinstance(model, nn.Module)
         self.source = None if given else self.hparams["model"]
@@ -218,9 +220,24 @@ class TaskModule(L.LightningModule):
         for logger in self.loggers:
             logger.log_hyperparams({k: v for k, v in self.hparams.items() if not k.startswith("_")})
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the tokens of a training batch."""
+        if self.training:
+            self.speed.see(batch)
+        return batch
+
+    def on_validation_end(self) -> None:
+        """Validation is no training time."""
+        self.speed.restart()
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step; logs ``train_loss`` per step and ``train_loss_epoch`` and the metrics per epoch."""
+        """One step; logs ``train_loss`` per step and ``train_loss_epoch`` and the metrics per epoch.
+
+        Of text also ``train_tokens_per_second``: of one process, padding not counted.
+        """
         loss, count = self._step(batch, "train")
+        if (rate := self.speed.step()) is not None:
+            self.log("train_tokens_per_second", rate, prog_bar=True, batch_size=1)
         self.log("train_loss", loss, prog_bar=True, batch_size=count)
         self.log("train_loss_epoch", loss, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
         return loss

@@ -33,7 +33,8 @@ def pad(rows: Sequence[Sequence[int]], value: int, multiple: int | None = None, 
 class TextCollator:
     """Token rows to ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``, each (rows, longest).
 
-    Labels of whole rows stay (rows,): long for classes, float for numbers.
+    Labels of whole rows stay (rows,): long for classes, float for numbers. Packed rows come with ``position_ids`` in
+    place of the mask.
 
     Args:
         pad_token_id: what fills ``input_ids``.
@@ -54,14 +55,15 @@ class TextCollator:
     def __call__(self, item: tuple[Step, dict[str, list]]) -> dict[str, Any]:
         step, columns = item
         ids = columns["input_ids"]
-        batch: dict[str, Any] = {
-            "input_ids": self._pad(ids, self.pad_token_id),
-            "attention_mask": self._pad([[1] * len(row) for row in ids], 0),
-        }
+        batch: dict[str, Any] = {"input_ids": self._pad(ids, self.pad_token_id)}
         if self.virtual is not None:
             batch["input_ids"].masked_fill_(batch["input_ids"] == VIRTUAL, self.virtual)
         if "answer_at" in columns:
             batch["answer_at"] = torch.tensor(columns["answer_at"])
+        if "position_ids" in columns:  # packed: with a mask given, transformers would not look for rows in positions
+            batch["position_ids"] = self._pad(columns["position_ids"], 0)
+        else:
+            batch["attention_mask"] = self._pad([[1] * len(row) for row in ids], 0)
         if "token_type_ids" in columns:
             batch["token_type_ids"] = self._pad(columns["token_type_ids"], 0)
         if self.masking is not None:

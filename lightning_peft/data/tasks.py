@@ -41,5 +41,7 @@ def check_fields(given: Mapping[str, Any], *, places: bool) -> None:
         raise ConfigError(f"{{prompt:N}} in a template belongs to {', '.join(WITH_PLACES)}, not to {task}.")
     if given["verbalizer"] is not None and task not in CLOZE:
         raise ConfigError(f"verbalizer belongs to {' and '.join(CLOZE)}, not to {task}.")
+    if given["packing"] and task != "causal-lm":
+        raise ConfigError(f"packing belongs to causal-lm, not to {task}, where a row is seen as a whole.")
     if given["max_length"] is not None and given["max_length"] < 2:
         raise ConfigError(f"max_length={given['max_length']}: give at least 2.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.data.base import ROW, SplitDataModule
 from lightning_peft.data.collate import Masking, TextCollator
 from lightning_peft.data.labels import as_numbers, need_column, need_values
+from lightning_peft.data.packing import pack, refuse_virtual_tokens
 from lightning_peft.data.sources import read
 from lightning_peft.data.tasks import CLASSES, CLOZE, UNLABELLED, TextTask, check_fields
 from lightning_peft.data.template import Fields, Places, word_ids
@@ -68,6 +69,9 @@ class TextDataModule(SplitDataModule):
         batch_size: rows of a training batch in one process.
         eval_batch_size: rows of any other batch; by default ``batch_size``.
         group_by_length: batches of rows of similar length, which need less padding; see `LengthGroupedBatches`.
+        packing: for causal-lm, lay rows end to end in rows of ``max_length`` tokens (train, validation and test), so
+            that nearly nothing is padding; no row sees another (a loop of your own must pass ``use_cache=False``: with
+            a cache transformers takes no note of positions). ``batch_size`` counts the packed rows.
         pad_to_multiple_of: round widths up, for kernels that like it.
         num_workers: processes that build batches; rows are tokenised beforehand, so 0 is usually fastest.
         seed: for the split, subsets, the order of batches and masks.
@@ -113,6 +117,7 @@ class TextDataModule(SplitDataModule):
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         group_by_length: bool = True,
+        packing: bool = False,
         pad_to_multiple_of: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -152,6 +157,8 @@ class TextDataModule(SplitDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Find the tokenizer, then read, split and tokenise what the stage needs."""
         self._find_tokenizer()
+        if self.packing:
+            refuse_virtual_tokens(getattr(self.trainer, "callbacks", []))
         super().setup(stage)
         if self.num_workers:  # tokenizers complains in each worker otherwise: it was used before the fork
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -187,10 +194,11 @@ class TextDataModule(SplitDataModule):
         elif self.task not in UNLABELLED:
             rows, keep = self._with_labels(rows, split), ["labels"]
         rows = rows.select_columns([*dict.fromkeys([*used, *keep])])
+        longest = self.max_length or min(self.tokenizer.model_max_length, DEFAULT_MAX_LENGTH)
         encoder = Encoder(
             self.tokenizer,
             self.task,
-            self.max_length or min(self.tokenizer.model_max_length, DEFAULT_MAX_LENGTH),
+            longest,
             self.fields,
             pair_column=self.text_pair_column,
             answer_column=self.answer_column,
@@ -199,7 +207,8 @@ class TextDataModule(SplitDataModule):
             predict=predict,
             places=self.places,
         )
-        return tokenise(rows, encoder, keep, split, self.cache_dir)
+        done = tokenise(rows, encoder, keep, split, self.cache_dir)
+        return pack(done, longest, split) if self.packing and not predict else done
 
     def _need(self, rows: Dataset, split: str) -> list[str]:
         """Columns that are read, all there and without empty cells."""

@@ -11,6 +11,7 @@ from lightning_peft.lowrank.layers import LowRankConv as LowRankConv
 from lightning_peft.lowrank.layers import LowRankConv1D as LowRankConv1D
 from lightning_peft.lowrank.layers import LowRankEmbedding as LowRankEmbedding
 from lightning_peft.lowrank.layers import LowRankLinear as LowRankLinear
+from lightning_peft.lowrank.siblings import link as link
 from lightning_peft.lowrank.weights import LowRankAttention as LowRankAttention
 from lightning_peft.lowrank.weights import LowRankProjection as LowRankProjection
 from lightning_peft.lowrank.weights import LowRankStack as LowRankStack

@@ -141,6 +141,13 @@ class LowRank(Delta):
         """The input of the low-rank branch."""
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
+    def direct(self) -> bool:
+        """Whether the correction is ``scaling · lora_B · lora_A`` and no relative changes how it joins."""
+        kind = type(self)
+        own = (kind.factors, kind.forward, kind.join, kind.dropped)
+        plain = own == (LowRank.factors, LowRank.forward, LowRank.join, LowRank.dropped)
+        return plain and self.parts is None and len(self._parameters) == 2
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out)."""
         A, B = self.factors()

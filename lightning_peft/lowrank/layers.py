@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.adapted import Adapted
+from lightning_peft.lowrank import siblings
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -19,6 +20,10 @@ class LowRankLinear(Adapted):
     delta: Any
     #: whether some code reads ``weight`` instead of calling this module (see `read_by_parents`)
     read = False
+    #: whether output and correction are one product of plain factors, which has a short way (see `products`)
+    direct = False
+    #: layers that read the same input, this one among them
+    siblings: siblings.Siblings | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -28,6 +33,8 @@ class LowRankLinear(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out)."""
+        if self.direct and (short := siblings.run(self, x)) is not None:
+            return short
         y = self.base(x)
         return self.delta.join(self, y, self.branch(x)) if self.active else y
 

@@ -80,7 +80,9 @@ def wrap(module: nn.Module, name: str, make: Callable[[Place], LowRank]) -> Adap
         )
     if kind in (LowRankAttention, LowRankStack):
         return kind(module, DeltaSet(deltas))
-    return kind(module, deltas["weight"])
+    layer = kind(module, deltas["weight"])
+    layer.direct = kind is LowRankLinear and deltas["weight"].direct()
+    return layer
 
 
 def read_by_parents(model: nn.Module) -> None:

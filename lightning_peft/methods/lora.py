@@ -154,8 +154,9 @@ class LoRA(Method):
         return lowrank.wrap(module, name, lambda place: self.make(place, name))
 
     def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
-        """Link layers to code that reads their weights."""
+        """Link layers to code that reads their weights, and to those that read the same input."""
         lowrank.read_by_parents(model)
+        lowrank.link(wrapped)
 
     def make(self, place: Place, name: str) -> LowRank:
         """The factors of one matrix of the layer ``name``, with their start values."""

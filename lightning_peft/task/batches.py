@@ -37,6 +37,11 @@ def inputs_of(network: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"A batch must be a dict of tensors here, not a {type(batch).__name__}.")
     tensors = {k: v for k, v in batch.items() if k not in ("labels", "answer_at") and not is_note(k, v)}
     accepted = inspect.signature(network.forward).parameters
+    if "position_ids" in tensors and "position_ids" not in accepted:
+        raise ConfigError(
+            f"The batch is packed, but {type(network).__name__}.forward takes no position_ids, so its rows would see"
+            " each other. Set packing=False."
+        )
     named = {k: v for k, v in tensors.items() if k in accepted}
     return named or tensors  # a forward of **kwargs names nothing
 

@@ -10,24 +10,7 @@ import transformers
 from torch import nn
 
 from lightning_peft import LoRA, LoRAFA, inject
-
-
-def kept(model: nn.Module, embeddings: torch.Tensor) -> int:
-    """Bytes of all storages that one pass keeps, each once, parameters of the model left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        held.append(tensor)  # a storage that is freed in between would give its address to another
-        return tensor
-
-    held: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(inputs_embeds=embeddings)
-    return sum(found.values())
+from tests.benchmarks.measure import counts
 
 
 def network() -> nn.Module:
@@ -39,14 +22,18 @@ def network() -> nn.Module:
     return transformers.LlamaForCausalLM(config).train()
 
 
-def measure() -> dict[str, int]:
+def measure() -> dict[str, float]:
     """Bytes by name."""
     embeddings = torch.randn(4, 128, 256, requires_grad=True)
-    result = {"floor": kept(network().requires_grad_(False), embeddings)}
+
+    def step(net: nn.Module) -> torch.Tensor:
+        return net(inputs_embeds=embeddings).logits.sum()
+
+    result = {"floor": counts(network().requires_grad_(False), step)["kept"]}
     for method in (LoRA(r=8), LoRAFA(r=8)):
         model = network()
         inject(model, method)
-        result[type(method).__name__] = kept(model, embeddings)
+        result[type(method).__name__] = counts(model, step)["kept"]
     return result
 
 

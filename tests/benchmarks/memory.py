@@ -1,7 +1,7 @@
 """What a method saves in memory: gradients and optimizer states, checkpoints, and what is kept for the backward pass.
 
 MiniLM-L6 as a classifier, 8 rows of 128 tokens, float32. All figures count bytes, so they do not depend on the
-machine. Run: python tests/benchmarks/memory.py
+machine. Run: python -m tests.benchmarks.memory
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lightning_peft import (
     inject,
     summarize,
 )
-from lightning_peft.compare.cost import kept_bytes
 from lightning_peft.files import locate
+from tests.benchmarks.measure import counts
 
 MB = 1e6
 
@@ -36,11 +36,12 @@ def model() -> nn.Module:
     return transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=5)
 
 
-def kept(net: nn.Module) -> int:
-    """Bytes that autograd keeps between forward and backward."""
+def kept(net: nn.Module) -> float:
+    """Bytes alive between forward and backward, parameters not counted."""
     ids = torch.randint(5, 1000, (8, 128))
     labels = torch.zeros(8, dtype=torch.long)
-    return kept_bytes(net, lambda: net(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return counts(net, lambda n: n(**inputs).loss)["kept"]
 
 
 def row(name: str, method: Method, checkpointing: bool = False) -> None:

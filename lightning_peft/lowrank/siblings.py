@@ -1,0 +1,138 @@
+"""When a layer takes the short way of `products`, and which layers share one input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks
+
+from lightning_peft.lowrank import products
+from lightning_peft.match import role
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+#: roles that read one input, and parts of names that say keys and values come from elsewhere
+_TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "up"}
+_CROSS = ("cross", "encoder_attn", "encdec", "multi_modal")
+
+
+class Siblings:
+    """Layers of one parent that read one input, and what the first of them left for the others in this pass."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.waiting: Waiting | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "waiting": None}  # tensors inside a graph can be neither copied nor pickled
+
+
+class Waiting:
+    """What the layers that have not been called yet will find."""
+
+    def __init__(self, x: Tensor, rows: Tensor, lows: dict[int, Tensor]) -> None:
+        self.x, self.version, self.rows, self.lows = x, x._version, rows, lows
+
+
+def usual() -> bool:
+    """Whether this is plain eager execution: no tracing, no function transforms, no hooks on everything."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def fits(layer: Any, x: Tensor) -> bool:
+    """Whether the layer is an unchanged frozen `nn.Linear` with plain factors, and x a plain tensor of its dtype."""
+    base, delta = layer._modules["base"], layer._modules["delta"]
+    if not layer.active or type(base) is not nn.Linear or (delta.dropout and delta.training):
+        return False
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    A, B = delta._parameters["lora_A"], delta._parameters["lora_B"]
+    return (
+        type(weight) is nn.Parameter
+        and type(A) is type(B) is nn.Parameter
+        and x.dtype is weight.dtype
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and len(delta._parameters) == 2
+        and not _hooked(base)
+        and not _hooked(delta)
+    )
+
+
+def run(layer: Any, x: Any) -> Tensor | None:
+    """The layer's output by the short way; None where it does not apply."""
+    if not usual() or type(x) is not Tensor or x.dtype not in _DTYPES or x.is_nested or x.layout is not torch.strided:
+        return None
+    if torch.is_autocast_enabled(x.device.type) or not fits(layer, x):
+        return None
+    base, delta, group = layer._modules["base"], layer._modules["delta"], layer.siblings
+    weight, bias, scaling = base._parameters["weight"], base._parameters["bias"], delta.scaling
+    A, B = delta._parameters["lora_A"], delta._parameters["lora_B"]
+    if group is None or not torch.is_grad_enabled():
+        return products.run(x, weight, bias, scaling, B, [A])
+    waiting = group.waiting
+    if waiting is not None and waiting.x is x and waiting.version == x._version and id(layer) in waiting.lows:
+        return _follow(group, waiting, id(layer), (x.shape, weight, bias), B)
+    others = _others(group, layer, x, scaling)
+    result = products.run(x, weight, bias, scaling, B, [A, *(o.delta.lora_A for o in others)])
+    if not others:
+        return result
+    y, rows, *lows = result
+    group.waiting = Waiting(x, rows, dict(zip(map(id, others), lows, strict=True)))
+    return y
+
+
+def _follow(group: Siblings, waiting: Waiting, key: int, fixed: tuple, B: Tensor) -> Tensor:
+    low = waiting.lows.pop(key)
+    last = not waiting.lows
+    result = products.Next.apply(waiting.rows, low, fixed, B, last)
+    if last:
+        group.waiting = None
+        return result
+    y, waiting.rows = result
+    return y
+
+
+def _others(group: Siblings, layer: Any, x: Tensor, scaling: float) -> list[Any]:
+    if not any(layer is member for member in group.layers):
+        return []  # a replica of DataParallel: the others are not on its device
+    return [m for m in group.layers if m is not layer and m._modules["delta"].scaling == scaling and fits(m, x)]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def link(wrapped: Mapping[str, Any]) -> None:
+    """Tell layers that read one input of each other: by their roles, within one parent."""
+    groups: dict[tuple[str, str, int], list[Any]] = {}
+    for name, layer in wrapped.items():
+        if not getattr(layer, "direct", False):
+            continue
+        parent, kind = name.rpartition(".")[0], role(name)
+        together = _TOGETHER.get(kind or "")
+        crossed = kind == "q" and any(word in name.lower() for word in _CROSS)
+        if together and not crossed:
+            groups.setdefault((parent, together, layer.base.in_features), []).append(layer)
+    for layers in groups.values():
+        if len(layers) > 1:
+            group = Siblings(layers)
+            for layer in layers:
+                layer.siblings = group

@@ -1,0 +1,237 @@
+"""The short way of low-rank layers equals the plain formula: values, gradients, what is kept, where it steps aside."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft import LoRA, LoRAFA, inject, trainable_names
+from lightning_peft.lowrank import siblings
+from lightning_peft.lowrank.inputs import source
+from tests.models import MODELS, batch
+
+
+class Block(nn.Module):
+    """A norm, three projections of its output, a gate: every kind of input a language model has."""
+
+    def __init__(self, bias: bool = False, norm: str = "rms", width: int = 6) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(width) + 0.5)
+        self.norm = nn.LayerNorm(width) if norm == "layer" else None
+        self.q_proj, self.k_proj = nn.Linear(width, width, bias=bias), nn.Linear(width, 4, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.gate_proj, self.up_proj = nn.Linear(width, 5, bias=bias), nn.Linear(width, 5, bias=bias)
+        self.down_proj = nn.Linear(5, width, bias=bias)
+
+    def normed(self, x):
+        if self.norm is not None:
+            return self.norm(x)
+        return self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    def forward(self, x):
+        h = self.normed(x)
+        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        x = x + q.tanh() * v + k.sum(-1, keepdim=True)
+        h = self.normed(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+def block(method=None, seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Identity(), Block(**options)).double()
+    inject(net, method or LoRA(r=2, alpha=3))
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data += 0.3 * torch.randn_like(p)
+    return net
+
+
+def plainly(net: nn.Module) -> nn.Module:
+    """A copy that takes the plain formula."""
+    net = copy.deepcopy(net)
+    for module in net.modules():
+        if hasattr(module, "direct"):
+            module.direct = False
+    return net
+
+
+def grads(net: nn.Module, x: torch.Tensor, call=None) -> list[torch.Tensor]:
+    out = (call or net)(x)
+    return [out, *torch.autograd.grad(out.pow(2).sum(), [x, *(p for p in net.parameters() if p.requires_grad)])]
+
+
+def same(a, b, **tolerance):
+    for ours, right in zip(a, b, strict=True):
+        torch.testing.assert_close(ours, right, **tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"norm": "layer"}], ids=["rms", "bias", "layer"])
+@pytest.mark.parametrize("method", [LoRA(r=2, alpha=3), LoRAFA(r=2), LoRA(r=1, rank_pattern={"k_proj": 3})], ids=str)
+def test_values_and_gradients(method, options):
+    net, x = block(method, **options), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    same(grads(net, x), grads(plainly(net), x), rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), plainly(net)(x), rtol=1e-12, atol=1e-12)
+    with torch.inference_mode():
+        assert net(x).isfinite().all()
+    assert all(m.siblings is None or m.siblings.waiting is None for m in net.modules() if hasattr(m, "siblings"))
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_gradcheck(norm):
+    """First and second derivatives, with respect to the input and to every factor."""
+    net, x = block(norm=norm), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    names = trainable_names(net)
+    factors = [net.get_parameter(n) for n in names]
+
+    def call(x, *values):
+        return net(x)
+
+    assert torch.autograd.gradcheck(call, (x, *factors))
+    assert torch.autograd.gradgradcheck(call, (x, *factors))
+
+
+def test_a_frozen_factor_cannot_be_differentiated_twice():
+    net, x = block(LoRAFA(r=2)), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
+def test_only_some_outputs_are_used():
+    """Projections that are called out of turn, twice, with another input, or whose output goes nowhere."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def use(net, pattern):
+        b, other = net[1], x * 2
+        outputs = {
+            "alone": lambda: b.k_proj(other),
+            "twice": lambda: b.q_proj(other) + b.q_proj(other) + b.v_proj(other),
+            "crossed": lambda: b.q_proj(x.sin()) * b.v_proj(other) + b.k_proj(other).sum(),
+            "dropped": lambda: (b.q_proj(other), b.k_proj(other), b.v_proj(other))[2],
+            "first": lambda: (b.v_proj(other), b.q_proj(other))[0],
+        }
+        return outputs[pattern]()
+
+    for pattern in ("alone", "twice", "crossed", "dropped", "first"):
+        wanted = torch.autograd.grad(use(plainly(net), pattern).pow(2).sum(), x)
+        same(torch.autograd.grad(use(net, pattern).pow(2).sum(), x), wanted)
+
+
+def test_outputs_may_be_written_into():
+    """Code that scales or adds to a projection's output in place, and a second pass over a kept graph."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def call(net):
+        h = x * 1
+        q, k, v = net[1].q_proj(h), net[1].k_proj(h), net[1].v_proj(h)
+        q *= 2
+        v += h
+        return (q * v).sum() + k.mul_(3).sum()
+
+    out, wanted = call(net), torch.autograd.grad(call(plainly(net)), x)
+    for _ in range(2):
+        same(torch.autograd.grad(out, x, retain_graph=True), wanted)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("outer", [nullcontext, torch.autograd.graph.save_on_cpu], ids=["bare", "offload"])
+def test_checkpointing(reentrant, outer):
+    net, x = block(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def call(module):
+        out = checkpoint(module, x, use_reentrant=reentrant)
+        out.pow(2).sum().backward()
+        found = [x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
+        x.grad = None
+        return found
+
+    with outer():
+        ours = call(net)
+    same(ours, call(plainly(net)))
+
+
+def test_hooks_that_change_what_is_saved_are_respected():
+    """A hook may pack a tensor into anything: nothing is read past it."""
+    net, x = block(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    asked = []
+
+    def unpack(packed):
+        asked.append(1)
+        return packed / 2
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach() * 2, unpack):
+        out = net(x)
+        assert not asked
+    found = torch.autograd.grad(out.pow(2).sum(), x)
+    same(found, grads(plainly(net), x)[1:2])
+
+
+def test_what_steps_aside():
+    """Hooks on the base, function transforms, autocast and compilation take the plain formula, with equal results."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64)
+    seen = []
+    wanted = plainly(net)(x)
+    net[1].k_proj.base.register_forward_hook(lambda m, args, out: seen.append(out.clone()))
+    torch.testing.assert_close(net(x), wanted)
+    assert len(seen) == 1
+    values = {n: net.get_parameter(n).detach() for n in trainable_names(net)}
+    by_name = torch.func.grad(lambda v: torch.func.functional_call(net, v, (x,)).pow(2).sum())(values)
+    each = torch.func.vmap(lambda row: net(row))(x)
+    net(x).pow(2).sum().backward()
+    for name, grad in by_name.items():
+        torch.testing.assert_close(grad, net.get_parameter(name).grad)
+    torch.testing.assert_close(each, wanted)
+    assert all(siblings.usual() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        net.float()(x.float()).float().sum().backward()
+
+
+def test_copies_link_to_themselves():
+    """Copied and pickled models lead their own siblings; a swapped-in linear layer steps aside."""
+    net = block()
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        layers = other[1].q_proj.siblings.layers
+        assert layers == [other[1].q_proj, other[1].k_proj, other[1].v_proj]
+        assert net[1].q_proj not in layers
+
+
+def test_inputs_are_rebuilt_not_kept():
+    """RMSNorm, layer norm and gated products are taken apart exactly; other inputs are kept as they are."""
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True) * 1
+    b = Block(norm="layer").double().requires_grad_(False)
+    for made, parts in (
+        (b.norm(x), 5),
+        (Block.normed(Block().double().requires_grad_(False), x), 3),
+        (F.silu(x) * (x + 1), 2),
+        (F.gelu(x), 1),
+        (x * x.sum(), 1),
+    ):
+        found = source(made)
+        assert sum(found.sizes) == parts
+        torch.testing.assert_close(found.whole(made.dtype), made.reshape(-1, 6), rtol=1e-12, atol=1e-12)
+        g, A = torch.randn(4, 6, dtype=torch.float64), torch.empty(4, 6, dtype=torch.float64)
+        torch.testing.assert_close(found.gradient(g, A, 2.0), 2 * g @ made.reshape(-1, 6))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_less_is_kept(kind):
+    """Bytes alive between forward and backward, whoever holds them: at most 5 % over the frozen floor on a decoder."""
+    from tests.benchmarks.contestants import floor
+    from tests.benchmarks.measure import counts
+
+    data = batch(kind)
+    step = lambda net: net(**data).loss  # noqa: E731
+    frozen = MODELS[kind]().requires_grad_(False).eval()
+    net = MODELS[kind]().eval()
+    inject(net, LoRA(r=2))
+    ours, plain, least = (counts(n, step) for n in (net, plainly(net), floor(frozen)))
+    assert ours["flops"] == plain["flops"]
+    assert ours["dispatches"] - least["dispatches"] < 0.65 * (plain["dispatches"] - least["dispatches"])
+    assert ours["kept"] < plain["kept"] and (kind == "bert" or ours["kept"] < 1.05 * least["kept"])
