@@ -36,6 +36,8 @@ _HOME = {
         "LogAdapter",
         "PredictionWriter",
         "AdapterDrop",
+        "FSDPWrapPolicy",
+        "inject_now",
     ),
     "lightning_peft.reload": ("load_from_checkpoint",),
     "lightning_peft.data": ("TextDataModule", "ImageDataModule", "AudioDataModule"),
@@ -49,10 +51,12 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import (
         PEFT,
         AdapterDrop,
+        FSDPWrapPolicy,
         LogAdapter,
         MergeOnFitEnd,
         PredictionWriter,
         TrainabilityCheck,
+        inject_now,
     )
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
     from lightning_peft.combining import combine

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import MergeError
 from lightning_peft.quantized import packed
+from lightning_peft.sharding import gathered, sharded, write
 
 _NARROW = (torch.float16, torch.bfloat16)
 
@@ -42,7 +43,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, self.delta = base, delta
         self.active = True
-        self.originals: dict[str, nn.Parameter] = {}  # base parameters replaced by merged ones; outside parameters()
+        #: base parameters replaced by merged ones (outside parameters()); copies of those that are split over processes
+        self.originals: dict[str, nn.Parameter] = {}
         self.train(base.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +73,7 @@ class Adapted(nn.Module):
         """Swap the merged tensors in; the originals are kept, so that `unmerge` restores the very same objects."""
         if reason := self.obstacle():
             raise MergeError(f"Cannot merge: {reason}")
-        with torch.no_grad():
+        with torch.no_grad(), gathered(self.modules(), keep=False):
             tensors = self.merged()
         for name, tensor in tensors.items():
             if name not in dict(self.base.named_parameters()):
@@ -83,6 +85,10 @@ class Adapted(nn.Module):
                 raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
         for name, tensor in tensors.items():
             old = self.base.get_parameter(name)
+            if sharded(old):  # FSDP gathers from the parameter it knows
+                self.originals[name] = nn.Parameter(old.detach().clone(), requires_grad=False)
+                write(old, tensor.to(old.dtype))
+                continue
             self.originals[name] = old
             self._put(name, nn.Parameter(tensor.to(old.dtype), requires_grad=False))
         self.active = False
@@ -91,6 +97,9 @@ class Adapted(nn.Module):
         """Put the original base parameters back."""
         for name, old in self.originals.items():
             now = self.base.get_parameter(name)
+            if sharded(now):
+                write(now, old)
+                continue
             if old.device != now.device:
                 old.data = old.data.to(now.device)
             self._put(name, old)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError, PEFTError
+from lightning_peft.folders import is_folder, read_folder
 
 SECTION = "lightning_peft"
 
@@ -63,7 +64,7 @@ def write_adapter(path: Path, state: Mapping[str, Tensor], info: Mapping[str, An
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and section of an adapter file or a Lightning checkpoint.
+    """Tensors and section of an adapter file, a Lightning checkpoint, or a folder of shards.
 
     Raises:
         CheckpointError: missing, broken, unsafe, or not written by us.
@@ -72,6 +73,13 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not place.exists():
         near = sorted(p.name for p in place.parent.glob("*") if p.suffix in (".ckpt", ".safetensors"))[:5]
         raise CheckpointError(f"{place} does not exist." + (f" There is: {', '.join(near)}." if near else ""))
+    if is_folder(place):
+        return split(read_folder(place, optimizers=False), str(place))
+    if (place / "checkpoint").is_dir() and (place / "latest").is_file():
+        raise CheckpointError(
+            f"{place} was written by DeepSpeed. Make one file of it with"
+            " lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(folder, file)."
+        )
     if place.is_dir():
         raise CheckpointError(f"{place} is a folder; give the file in it (adapter.safetensors or a .ckpt).")
     return split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)

@@ -61,6 +61,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 
 def logical_shape(parameter: Tensor) -> torch.Size:
     """The shape a parameter has for the model; a 4-bit one is stored packed."""
+    if hasattr(parameter, "ds_shape"):  # DeepSpeed stage 3 keeps nothing in place
+        return torch.Size(parameter.ds_shape)
     state = getattr(parameter, "quant_state", None)
     return torch.Size(state.shape) if state is not None and hasattr(state, "shape") else parameter.shape
 

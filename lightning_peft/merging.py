@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import remove
+from lightning_peft.sharding import refuse_flat
 from lightning_peft.switching import switch
 from lightning_peft.trainable import adapted_modules, refuse_disabled, require
 
@@ -70,6 +71,7 @@ def merge_and_unload(model: nn.Module) -> None:
 
 def refuse(model: nn.Module) -> None:
     """Raise a `MergeError` with the reason if a method in the model does not merge."""
+    refuse_flat(model, "merge")
     for method in require(model)[0].methods:
         if not method.mergeable:
             raise MergeError(

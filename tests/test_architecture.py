@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
-    ["quantized"],
+    ["quantized", "folders", "sharding"],
     ["adapted"],
     ["match", "bottleneck.sites"],
     ["heads"],
@@ -39,7 +39,10 @@ LAYERS = [
     ["merging"],
     ["summary", "combining"],
     ["export"],
-    ["callbacks.hooks", "callbacks.best", "callbacks.checks"],
+    ["callbacks.best"],
+    ["callbacks.strategies"],
+    ["callbacks.moving", "callbacks.checks"],
+    ["callbacks.hooks"],
     ["callbacks.peft"],
     [
         "callbacks.merge",

@@ -11,11 +11,16 @@ from typing import Any
 import lightning.pytorch as L
 from torch import nn
 
+from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
+from lightning_peft.callbacks.strategies import filters_itself, loads_late
 from lightning_peft.checkpoint import fitting, make_way, reroot, section
 from lightning_peft.files import SECTION, split
+from lightning_peft.sharding import unwrapped
 from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
+from lightning_peft.verify import verify, verify_section
 
 _SAVE = "_peft_save"
+_WAITING = "_peft_optimizers"  # a checkpoint whose optimizer states wait for the optimizers to be built
 
 
 def install(pl_module: L.LightningModule, save: str) -> None:
@@ -44,7 +49,8 @@ class _Hook:
 
 def _filter(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Keep only the adapter in the state dict; a full one holds the base as it is without the adapter."""
-    if find(module) is None:
+    trainer = module.__dict__.get("_trainer")
+    if find(module) is None or (trainer is not None and filters_itself(trainer)):
         return
     if module.__dict__.get(_SAVE) == "full":
         _unmerged(module, state, prefix)
@@ -71,7 +77,7 @@ def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:
 
 
 def _tails(name: str) -> set[str]:
-    parts = name.split(".")
+    parts = unwrapped(name).split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
 
 
@@ -84,6 +90,7 @@ def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
     info = section(module) | {"save": save}
     if "optimizer_states" in checkpoint:
+        checkpoint["optimizer_states"] = by_position(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
     checkpoint[SECTION] = info
 
@@ -95,6 +102,7 @@ def _resume(module: L.LightningModule) -> dict[str, Any]:
         "strategy": type(trainer.strategy).__name__,
         "world_size": trainer.world_size,
         "methods": [m.resume_state(module) for m in methods],
+        "optimizers": optimizer_names(trainer, module),
     }
 
 
@@ -102,11 +110,25 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Compare a checkpoint with the module before its values are loaded, and make way for them."""
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
-    state, info = split(checkpoint, "The checkpoint")
-    fitted = fitting(module, state, info, "The checkpoint")
-    checkpoint["state_dict"] = reroot(state, info, module) if info.get("save") == "full" else fitted
-    make_way(module, checkpoint["state_dict"])
+    if SECTION in checkpoint and "state_dict" not in checkpoint:  # DeepSpeed has loaded the weights itself
+        info = checkpoint[SECTION]
+        verify_section(info, "The checkpoint")
+        verify(module, info, "The checkpoint")
+    else:
+        state, info = split(checkpoint, "The checkpoint")
+        fitted = fitting(module, state, info, "The checkpoint")
+        checkpoint["state_dict"] = reroot(state, info, module) if info.get("save") == "full" else fitted
+        make_way(module, checkpoint["state_dict"])
+        if "optimizer_states" in checkpoint and not loads_late(module.trainer):
+            module.__dict__[_WAITING] = checkpoint
     resume = info.get("resume")
     if resume and "optimizer_states" in checkpoint:
         for method, saved in zip(require(module)[0].methods, resume["methods"], strict=True):
             method.load_resume_state(module, saved)
+
+
+def settle_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Bring the optimizer states of a checkpoint into the order of the optimizers that are there by now."""
+    checkpoint = module.__dict__.pop(_WAITING, None)
+    if checkpoint is not None:
+        fit_optimizers(trainer, module, checkpoint, "The checkpoint")

@@ -8,8 +8,11 @@ from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
-from lightning_peft.callbacks.best import best_adapter
+from lightning_peft.callbacks.best import best_adapter, best_path
+from lightning_peft.callbacks.strategies import readable
 from lightning_peft.files import write_adapter
 from lightning_peft.summary import summarize
 
@@ -32,11 +35,16 @@ class LogAdapter(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapter as an artifact."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if trainer.fast_dev_run or not loggers:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                _log_artifact(logger, trainer, pl_module)
+        if not readable(trainer) and not Path(best_path(trainer) or "").is_file():
+            name = type(trainer.strategy).__name__
+            rank_zero_warn(f"LogAdapter logs no artifact: under {name} it takes the file of a monitored checkpoint.")
+            return
+        best = best_adapter(trainer, pl_module)  # a sharded model takes all processes
+        for logger in loggers if trainer.is_global_zero else ():
+            _log_artifact(logger, pl_module, *best)
 
 
 def record(pl_module: L.LightningModule) -> dict[str, Any]:
@@ -48,10 +56,11 @@ def record(pl_module: L.LightningModule) -> dict[str, Any]:
     return summary
 
 
-def _log_artifact(logger: WandbLogger, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+def _log_artifact(
+    logger: WandbLogger, pl_module: L.LightningModule, state: dict[str, Tensor], info: dict[str, Any], monitored: bool
+) -> None:
     import wandb
 
-    state, info, monitored = best_adapter(trainer, pl_module)
     run = logger.experiment
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "adapter.safetensors")

@@ -14,19 +14,30 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_peft.adapted import Delta
 from lightning_peft.callbacks.checks import (
     check_nothing_new,
     check_optimizers,
     check_present,
     check_rates,
-    check_strategy,
     check_trainer,
 )
-from lightning_peft.callbacks.hooks import install
+from lightning_peft.callbacks.hooks import install, settle_optimizers
+from lightning_peft.callbacks.moving import Loader
+from lightning_peft.callbacks.strategies import (
+    check_methods,
+    check_sharding,
+    check_strategy,
+    check_trained,
+    loads_late,
+    prepare,
+    warn_of_children,
+)
 from lightning_peft.checkpoint import load_adapter, withdraw
 from lightning_peft.errors import ConfigError, PEFTError, TrainingError
 from lightning_peft.injection import as_methods, inject
 from lightning_peft.method import Method
+from lightning_peft.sharding import gathered
 from lightning_peft.summary import describe
 from lightning_peft.switching import settle_flags, switch
 from lightning_peft.trainable import find, frozen_statistics, require
@@ -43,10 +54,12 @@ class PEFT(L.Callback):
         method: one method or a list. May be left out when ``init_from`` is given, or when the module injects itself.
         init_from: an adapter file or checkpoint to start from: its values, a fresh optimizer.
         save: ``trainable``, or ``full`` to keep the frozen weights in the checkpoints as well.
+        allow_untested: also run under strategies that PEFT is not tested with.
 
     Raises:
         NoMatchError: no target matches.
-        TrainingError: something that trains is in no optimizer, or a callback that copies the module comes first.
+        TrainingError: something that trains is in no optimizer, a callback that copies the module comes first, or the
+            strategy does not fit.
 
     >>> import lightning.pytorch as L
     >>> from lightning_peft import PEFT, LoRA
@@ -58,12 +71,15 @@ class PEFT(L.Callback):
         method: Method | Sequence[Method] | None = None,
         init_from: str | None = None,
         save: Literal["trainable", "full"] = "trainable",
+        allow_untested: bool = False,
     ) -> None:
         if save not in ("trainable", "full"):
             raise ConfigError(f"PEFT(save={save!r}): choose 'trainable' or 'full'.")
         self.methods = None if method is None else as_methods(method)
         self.init_from = init_from
         self.save = save
+        self.allow_untested = allow_untested
+        self._fresh = False  # injected by this callback in this process
         self._frozen: list[torch.nn.Module] = []
         self._steps_done = 0
         self._total_steps: int | None = None
@@ -72,9 +88,13 @@ class PEFT(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Inject now, or defer to the end of ``configure_model``."""
         check_trainer(trainer)
-        check_strategy(trainer)
+        check_strategy(trainer, self.allow_untested)
         self._check_order(trainer, pl_module, stage)
+        prepare(trainer)
+        trainer.strategy.load_checkpoint = Loader(trainer, pl_module)  # type: ignore[method-assign]
         deferred = is_overridden("configure_model", pl_module)
+        if loads_late(trainer) and any(True for _ in pl_module.parameters()):
+            deferred = False  # before configure_model shards what is there
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not deferred:
             # Lightning would do so a moment later: methods then see the layers that train
             trainer.precision_plugin.convert_module(pl_module)
@@ -94,6 +114,7 @@ class PEFT(L.Callback):
             )
         if self.methods is not None:
             inject(pl_module, self.methods)
+        self._fresh |= fresh
         if fresh and self.init_from is not None:
             self._start_from(pl_module, self.init_from)
         install(pl_module, self.save)
@@ -113,8 +134,11 @@ class PEFT(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what trains, and make sure that it does."""
         check_nothing_new(pl_module)
+        check_methods(trainer, pl_module)
+        check_sharding(trainer, pl_module)
         check_optimizers(trainer, pl_module)
         check_rates(trainer, pl_module)
+        settle_optimizers(trainer, pl_module)
         rank_zero_info(describe(pl_module))
         # a schedule that asked for the length of the run has built the loader before its state is restored, and
         # Lightning would not look at that state again: a mid-epoch resume would start the epoch over
@@ -140,15 +164,17 @@ class PEFT(L.Callback):
 
         The terms depend on parameters alone, so they are the same on every rank and need no reduction.
         """
-        for method in require(pl_module)[0].methods:
-            term = method.regularizer(pl_module)
-            if term is not None:
-                _backward(term * _loss_factor(trainer, pl_module), pl_module)
+        for method in _with(pl_module, "regularizer"):
+            with gathered(_deltas(pl_module)):
+                term = method.regularizer(pl_module)
+                if term is not None:
+                    _backward(term * _loss_factor(trainer, pl_module), pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Let the methods change gradients: unscaled, complete over accumulation, not yet clipped."""
-        for method in require(pl_module)[0].methods:
-            method.transform_grads(pl_module)
+        for method in _with(pl_module, "transform_grads"):
+            with gathered(_deltas(pl_module)):
+                method.transform_grads(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,25 +183,34 @@ class PEFT(L.Callback):
         if trainer.global_step == self._steps_done:
             return
         self._steps_done = trainer.global_step
-        for method in require(pl_module)[0].methods:
-            method.after_step(pl_module, self._steps_done, self._total_steps)
+        for method in _with(pl_module, "after_step"):
+            with gathered(_deltas(pl_module)):
+                method.after_step(pl_module, self._steps_done, self._total_steps)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where the result is, if not in this module."""
+        warn_of_children(trainer, self._fresh)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no patch behind."""
         _drop_pending(pl_module)
+        trainer.strategy.__dict__.pop("load_checkpoint", None)
         self._frozen = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there."""
+        """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
+        check_trained(trainer, self._fresh)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there."""
+        """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
+        check_trained(trainer, self._fresh)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there."""
+        """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
+        check_trained(trainer, self._fresh)
 
     def _check_order(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Callbacks that deep-copy the module in their setup must come after the injection."""
@@ -200,8 +235,23 @@ def _configure_and_inject(self: L.LightningModule) -> None:
     """Stands in for ``configure_model`` until it has run once (no ``__wrapped__``: Lightning would look through it)."""
     callback, stage, _ = self.__dict__["_peft_pending"]
     _drop_pending(self)
-    self.configure_model()
+    self.__dict__["_peft_now"] = (callback, stage)
+    try:
+        self.configure_model()
+    finally:
+        del self.__dict__["_peft_now"]
     callback.ensure(self, stage)
+
+
+def inject_now(pl_module: L.LightningModule) -> None:
+    """Inject what the Trainer's `PEFT` callback holds; for ``configure_model``, between building and sharding.
+
+    Does nothing where there is no Trainer, no such callback, or nothing left to inject.
+    """
+    pending = pl_module.__dict__.get("_peft_now")
+    if pending is not None:
+        callback, stage = pending
+        callback.ensure(pl_module, stage)
 
 
 def _drop_pending(pl_module: L.LightningModule) -> None:
@@ -211,6 +261,15 @@ def _drop_pending(pl_module: L.LightningModule) -> None:
     del pl_module.__dict__["configure_model"]
     if pending[2] is not None:  # the user's own patch
         pl_module.__dict__["configure_model"] = pending[2]
+
+
+def _with(pl_module: L.LightningModule, part: str) -> list[Method]:
+    """The methods that define an optional part."""
+    return [m for m in require(pl_module)[0].methods if getattr(type(m), part) is not getattr(Method, part)]
+
+
+def _deltas(pl_module: L.LightningModule) -> list[torch.nn.Module]:
+    return [m for m in pl_module.modules() if isinstance(m, Delta)]
 
 
 def _backward(term: Tensor, pl_module: L.LightningModule) -> None:
