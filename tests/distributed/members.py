@@ -47,9 +47,8 @@ class Member(Foreign):
 
     def predict_step(self, batch, index):
         batch.pop("labels")
-        return [
-            {"row": int(i), "score": float(s)} for i, s in zip(batch["input_ids"][:, 0], self.net(**batch).logits[:, 0])
-        ]
+        scores = self.net(**batch).logits[:, 0]
+        return [{"row": int(i), "score": float(s)} for i, s in zip(batch["input_ids"][:, 0], scores, strict=True)]
 
 
 class Late(Member):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -104,6 +106,9 @@ def moves(start: str, end: str, name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     hows = sys.argv[2].split(",")
     for how in hows:
         for name in METHODS if len(sys.argv) < 4 else sys.argv[3].split(","):
