@@ -20,6 +20,7 @@ _HOME = {
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
     "lightning_peft.injection": ("inject", "unload"),
+    "lightning_peft.hollow": ("load_base",),
     "lightning_peft.switching": ("disabled",),
     "lightning_peft.trainable": ("trainable_names", "state_names"),
     "lightning_peft.bottleneck.placement": ("drop_layers",),
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from lightning_peft.export import save_merged
+    from lightning_peft.hollow import load_base
     from lightning_peft.injection import inject, unload
     from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import MergeError, PEFTError
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import gathered, sharded, write
 
@@ -17,6 +17,20 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 class Delta(nn.Module):
     """Holds the trained tensors of one adapted module; never narrower than float32, whatever the model is cast to."""
+
+    #: start values of a module that was built on the meta device
+    starts: dict[str, Tensor] | None = None
+
+    def reset_parameters(self) -> None:
+        """Take the start values, for strategies that give storage to a network built on the meta device."""
+        if self.starts is None:
+            raise PEFTError(
+                "A model with adapters was given new storage, and their values are lost. Build the network on the meta"
+                " device and let PEFT(...) or inject_now(self) adapt it there, or build it on the CPU."
+            )
+        for name, value in self.starts.items():
+            write(getattr(self, name), value)
+        self.starts = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep(tensor: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def reset_buffers(injection: Injection, root: nn.Module, given: Collection[str] 
     now = persistent_buffers(root)
     with torch.no_grad():
         for name, old in injection.buffers.items():
-            if name in now and name not in given:
+            if name in now and name not in given and not old.is_meta:
                 now[name].copy_(old)
 
 

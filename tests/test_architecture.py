@@ -34,6 +34,7 @@ LAYERS = [
     ["methods"],
     ["switching"],
     ["injection"],
+    ["hollow"],
     ["verify"],
     ["checkpoint"],
     ["merging"],

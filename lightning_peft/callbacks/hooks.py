@@ -14,12 +14,16 @@ from torch import nn
 from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
 from lightning_peft.callbacks.strategies import filters_itself, loads_late
 from lightning_peft.checkpoint import fitting, make_way, reroot, section
+from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
+from lightning_peft.fingerprint import difference
+from lightning_peft.hollow import settle_base, waits
 from lightning_peft.sharding import unwrapped
 from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
-from lightning_peft.verify import verify, verify_section
+from lightning_peft.verify import other_base, verify, verify_section
 
 _SAVE = "_peft_save"
+_UNSEEN = "_peft_unseen"  # the section of a checkpoint that was loaded before the base
 _WAITING = "_peft_optimizers"  # a checkpoint whose optimizer states wait for the optimizers to be built
 
 
@@ -121,10 +125,21 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         make_way(module, checkpoint["state_dict"])
         if "optimizer_states" in checkpoint and not loads_late(module.trainer):
             module.__dict__[_WAITING] = checkpoint
+    if waits(module):
+        module.__dict__[_UNSEEN] = info
     resume = info.get("resume")
     if resume and "optimizer_states" in checkpoint:
         for method, saved in zip(require(module)[0].methods, resume["methods"], strict=True):
             method.load_resume_state(module, saved)
+
+
+def check_base(module: L.LightningModule) -> None:
+    """Compare a base that was loaded late with that of the checkpoint."""
+    theirs = module.__dict__.pop(_UNSEEN, None)
+    if settle_base(module) and theirs is not None:
+        ours = require(module)[0].base
+        if reason := difference(ours, theirs["base"]):
+            raise CheckpointError(other_base("The checkpoint", theirs, ours, reason))
 
 
 def settle_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -22,6 +22,7 @@ from lightning_peft.checkpoint import fitting, make_way, reroot
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, load_checkpoint, split
 from lightning_peft.folders import is_folder, read_folder, read_index, read_rest, shapes
+from lightning_peft.hollow import settle_base
 from lightning_peft.sharding import plain_name, sharded, write
 from lightning_peft.sharding import split as shard
 from lightning_peft.trainable import find, model_tensors
@@ -142,6 +143,8 @@ class Loader:
             raise CheckpointError(f"{where} is neither a checkpoint file nor a folder of shards.")
         content = read_rest(path) | {"state_dict": shapes(path)} if folder else load_checkpoint(path)
         state, info = split(content, where)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            settle_base(self.module)  # a base loaded in on_fit_start
         fitted = fitting(self.module, state, info, where)
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if fits and not (info.get("resume") or {}).get("optimizers"):

@@ -22,19 +22,21 @@ from lightning_peft.callbacks.checks import (
     check_rates,
     check_trainer,
 )
-from lightning_peft.callbacks.hooks import install, settle_optimizers
+from lightning_peft.callbacks.hooks import check_base, install, settle_optimizers
 from lightning_peft.callbacks.moving import Loader
 from lightning_peft.callbacks.strategies import (
     check_methods,
     check_sharding,
     check_strategy,
     check_trained,
+    explained,
     loads_late,
     prepare,
     warn_of_children,
 )
 from lightning_peft.checkpoint import load_adapter, withdraw
 from lightning_peft.errors import ConfigError, PEFTError, TrainingError
+from lightning_peft.hollow import inject_hollow, is_hollow
 from lightning_peft.injection import as_methods, inject
 from lightning_peft.method import Method
 from lightning_peft.sharding import gathered
@@ -93,8 +95,8 @@ class PEFT(L.Callback):
         prepare(trainer)
         trainer.strategy.load_checkpoint = Loader(trainer, pl_module)  # type: ignore[method-assign]
         deferred = is_overridden("configure_model", pl_module)
-        if loads_late(trainer) and any(True for _ in pl_module.parameters()):
-            deferred = False  # before configure_model shards what is there
+        if deferred and loads_late(trainer) and any(True for _ in pl_module.parameters()):
+            self.ensure(pl_module, stage)  # before configure_model shards what is there
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not deferred:
             # Lightning would do so a moment later: methods then see the layers that train
             trainer.precision_plugin.convert_module(pl_module)
@@ -113,7 +115,7 @@ class PEFT(L.Callback):
                 " the module has no adapters of its own."
             )
         if self.methods is not None:
-            inject(pl_module, self.methods)
+            (inject_hollow if fresh and is_hollow(pl_module) else inject)(pl_module, self.methods)
         self._fresh |= fresh
         if fresh and self.init_from is not None:
             self._start_from(pl_module, self.init_from)
@@ -146,6 +148,7 @@ class PEFT(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find frozen statistics; read the length of the run."""
+        check_base(pl_module)
         self._frozen = frozen_statistics(pl_module)
         self._steps_done = trainer.global_step
         total = trainer.estimated_stepping_batches
@@ -197,6 +200,12 @@ class PEFT(L.Callback):
         trainer.strategy.__dict__.pop("load_checkpoint", None)
         self._frozen = []
 
+    def _check_base(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_base(pl_module)
+
+    # after the module's own hooks, in which it may have loaded its base
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _check_base
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
@@ -237,7 +246,8 @@ def _configure_and_inject(self: L.LightningModule) -> None:
     _drop_pending(self)
     self.__dict__["_peft_now"] = (callback, stage)
     try:
-        self.configure_model()
+        with explained(self):
+            self.configure_model()
     finally:
         del self.__dict__["_peft_now"]
     callback.ensure(self, stage)

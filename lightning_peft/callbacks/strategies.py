@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import (
@@ -93,7 +96,7 @@ def in_children(trainer: L.Trainer) -> bool:
 
 
 def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Under `ModelParallelStrategy` everything that trains is sharded, and each adapter together with its user."""
+    """Under `ModelParallelStrategy` everything that trains is sharded."""
     strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         return
@@ -105,7 +108,6 @@ def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             f"{len(plain)} of {len(wanted)} trained tensors are not sharded ({', '.join(plain[:3])}, …), so their"
             f" gradients would not be averaged. Shard after the injection: {_BEFORE}"
         )
-    _check_shared(pl_module)
 
 
 def _check_tensor_parallel(strategy: ModelParallelStrategy, pl_module: L.LightningModule) -> None:
@@ -120,24 +122,21 @@ def _check_tensor_parallel(strategy: ModelParallelStrategy, pl_module: L.Lightni
                 )
 
 
-def _check_shared(pl_module: L.LightningModule) -> None:
-    """A tensor that several layers use must be gathered while each of them runs."""
-    from torch.distributed.fsdp import FSDPModule
-
-    modules = dict(pl_module.named_modules(remove_duplicate=False))
-    units = [n for n, m in modules.items() if isinstance(m, FSDPModule)]
-    homes: dict[int, set[str]] = {}
-    for name, module in modules.items():
-        if isinstance(module, Delta) and module._parameters:
-            inside = [u for u in units if not u or name.startswith(u + ".")]
-            homes.setdefault(id(module), set()).add(max(inside, key=len, default=""))
-    for name, module in modules.items():
-        if len(homes.get(id(module), ())) > 1:
-            raise TrainingError(
-                f"{name} is shared by several parts of the model that are sharded apart"
-                f" ({', '.join(sorted(homes[id(module)])[:3])}): it is gathered while the first of them runs only."
-                " Call `fully_shard` on the network alone, not on its layers."
-            )
+@contextmanager
+def explained(pl_module: L.LightningModule) -> Iterator[None]:
+    """Say what it means if sharding in ``configure_model`` fails over a tensor that several layers use."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        names = [n for n, m in pl_module.named_modules(remove_duplicate=False) if isinstance(m, Delta)]
+        owners = {n: id(pl_module.get_submodule(n)) for n in names}
+        shared = [n for n in names if list(owners.values()).count(owners[n]) > 1]
+        if not shared:
+            raise
+        raise TrainingError(
+            f"`configure_model` failed ({error}). The adapters of several layers share {shared[0]}, which cannot be"
+            " sharded with one layer and used in another: call `fully_shard` on the network alone, not on its layers."
+        ) from error
 
 
 def warn_of_children(trainer: L.Trainer, fresh: bool) -> None:

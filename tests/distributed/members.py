@@ -42,7 +42,7 @@ class Member(Foreign):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, eps=1e-2)
 
     def configure_model(self):
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self, self.net, self.apart)
 
     def predict_step(self, batch, index):

@@ -13,6 +13,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import (
     PEFT,
@@ -26,7 +27,7 @@ from lightning_peft import (
 )
 from tests.contract.battery import same
 from tests.distributed.members import METHODS, Member, strategy
-from tests.models import loader, trainer
+from tests.models import Rows, loader, trainer
 
 OUT = Path(sys.argv[1])
 START = time.time()
@@ -46,9 +47,10 @@ def run(how: str, *callbacks: L.Callback, epochs: int = 2, **options: object) ->
     )
 
 
-def rows(batch_size: int = 2):
-    """Two rows a process: four in all, as the run in one process has them."""
-    return loader("bert", batch_size=batch_size)
+def rows(batch_size: int = 2) -> DataLoader:
+    """Two rows a process and step: the four that the run in one process has (Lightning's own sampler shuffles)."""
+    data, rank = Rows("bert"), int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0)))
+    return DataLoader(data, batch_size, sampler=DistributedSampler(data, 2, rank, shuffle=False))
 
 
 def life(how: str, name: str) -> None:
@@ -77,8 +79,8 @@ def helpers(how: str) -> None:
     """Callbacks that work across processes; files that do not fit."""
     module, folder = Member(), OUT / how / "lora"
     writer = PredictionWriter(str(OUT / f"{how}.jsonl"))
-    predict = run(how, PEFT(METHODS["lora"]), writer)
-    predict.predict(module, rows(), ckpt_path=folder / "epoch=1.ckpt")
+    predict = run(how, PEFT(METHODS["lora"]), writer, use_distributed_sampler=True)
+    predict.predict(module, loader("bert", batch_size=2), ckpt_path=folder / "epoch=1.ckpt")
     log = CSVLogger(OUT / "logs", how)
     run(how, PEFT(METHODS["lora"]), LogAdapter(), logger=log, epochs=1).fit(Member(), rows())
     for wrong, other, words in (
