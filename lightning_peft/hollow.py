@@ -32,17 +32,20 @@ def inject_hollow(model: nn.Module, methods: Sequence[Method]) -> None:
     Raises:
         ConfigError: a method starts from base weights, or trains some of them.
     """
+    reason = ConfigError(
+        f"{' + '.join(type(m).__name__ for m in methods)} starts from base weights, and the network is on the meta"
+        " device, where it has none. Build the network on the CPU."
+    )
     twin = _with_numbers(copy.deepcopy(model))
-    inject(twin, list(methods))
-    names = " + ".join(type(m).__name__ for m in methods)
+    try:
+        inject(twin, list(methods))
+    except torch.linalg.LinAlgError:  # a decomposition of NaN
+        raise reason from None
     starts = {n: _own(m) for n, m in twin.named_modules() if isinstance(m, Delta)}
     inside = {id(p) for m in twin.modules() if isinstance(m, Delta) for p in m._parameters.values()}
     outside = any(p.requires_grad and id(p) not in inside for p in twin.parameters())
     if outside or any(t.isnan().any() for own in starts.values() for t in own.values() if t.is_floating_point()):
-        raise ConfigError(
-            f"{names} starts from base weights, and the network is on the meta device, where it has none. Build the"
-            " network on the CPU."
-        )
+        raise reason
     inject(model, list(methods))
     for name, module in model.named_modules():
         if isinstance(module, Delta):

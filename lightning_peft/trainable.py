@@ -34,6 +34,8 @@ class Injection:
     buffers: dict[str, Tensor] = field(default_factory=dict)  # start values of buffers
     outside: dict[str, Tensor] = field(default_factory=dict)  # the same for buffers beside the network, by full name
     flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before, by name before wrapping
+    summary: dict[str, Any] | None = None  # counts, and shapes by full name, before a strategy flattened parameters
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     merged: bool = False
     disabled: int = 0  # depth of `disabled` contexts
 

@@ -40,7 +40,7 @@ LAYERS = [
     ["merging"],
     ["summary", "combining"],
     ["export"],
-    ["callbacks.best"],
+    ["callbacks.best", "callbacks.driving"],
     ["callbacks.strategies"],
     ["callbacks.moving", "callbacks.checks"],
     ["callbacks.hooks"],

@@ -12,9 +12,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
-from lightning_peft.adapted import Delta
 from lightning_peft.callbacks.checks import (
     check_nothing_new,
     check_optimizers,
@@ -22,6 +20,7 @@ from lightning_peft.callbacks.checks import (
     check_rates,
     check_trainer,
 )
+from lightning_peft.callbacks.driving import add_loss_terms, change_gradients, step_taken
 from lightning_peft.callbacks.hooks import check_base, install, settle_optimizers
 from lightning_peft.callbacks.moving import Loader
 from lightning_peft.callbacks.strategies import (
@@ -32,6 +31,7 @@ from lightning_peft.callbacks.strategies import (
     explained,
     loads_late,
     prepare,
+    readable,
     warn_of_children,
 )
 from lightning_peft.checkpoint import load_adapter, withdraw
@@ -39,8 +39,7 @@ from lightning_peft.errors import ConfigError, PEFTError, TrainingError
 from lightning_peft.hollow import inject_hollow, is_hollow
 from lightning_peft.injection import as_methods, inject
 from lightning_peft.method import Method
-from lightning_peft.sharding import gathered
-from lightning_peft.summary import describe
+from lightning_peft.summary import describe, keep_sizes
 from lightning_peft.switching import settle_flags, switch
 from lightning_peft.trainable import find, frozen_statistics, require
 
@@ -120,6 +119,8 @@ class PEFT(L.Callback):
         if fresh and self.init_from is not None:
             self._start_from(pl_module, self.init_from)
         install(pl_module, self.save)
+        if pl_module._trainer is not None and not readable(pl_module.trainer):
+            keep_sizes(pl_module)
         if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
             injection, _, root = require(pl_module)
             switch(injection, root, merged=False)
@@ -167,17 +168,11 @@ class PEFT(L.Callback):
 
         The terms depend on parameters alone, so they are the same on every rank and need no reduction.
         """
-        for method in _with(pl_module, "regularizer"):
-            with gathered(_deltas(pl_module)):
-                term = method.regularizer(pl_module)
-                if term is not None:
-                    _backward(term * _loss_factor(trainer, pl_module), pl_module)
+        add_loss_terms(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Let the methods change gradients: unscaled, complete over accumulation, not yet clipped."""
-        for method in _with(pl_module, "transform_grads"):
-            with gathered(_deltas(pl_module)):
-                method.transform_grads(pl_module)
+        change_gradients(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -186,9 +181,7 @@ class PEFT(L.Callback):
         if trainer.global_step == self._steps_done:
             return
         self._steps_done = trainer.global_step
-        for method in _with(pl_module, "after_step"):
-            with gathered(_deltas(pl_module)):
-                method.after_step(pl_module, self._steps_done, self._total_steps)
+        step_taken(pl_module, self._steps_done, self._total_steps)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the result is, if not in this module."""
@@ -271,29 +264,3 @@ def _drop_pending(pl_module: L.LightningModule) -> None:
     del pl_module.__dict__["configure_model"]
     if pending[2] is not None:  # the user's own patch
         pl_module.__dict__["configure_model"] = pending[2]
-
-
-def _with(pl_module: L.LightningModule, part: str) -> list[Method]:
-    """The methods that define an optional part."""
-    return [m for m in require(pl_module)[0].methods if getattr(type(m), part) is not getattr(Method, part)]
-
-
-def _deltas(pl_module: L.LightningModule) -> list[torch.nn.Module]:
-    return [m for m in pl_module.modules() if isinstance(m, Delta)]
-
-
-def _backward(term: Tensor, pl_module: L.LightningModule) -> None:
-    parameters = [p for p in pl_module.parameters() if p.requires_grad]
-    for parameter, grad in zip(parameters, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
-        if grad is None:
-            continue
-        if parameter.grad is None:
-            parameter.grad = grad.to(parameter.dtype)
-        else:
-            parameter.grad.add_(grad)
-
-
-def _loss_factor(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    factor = scaler.get_scale() if scaler is not None else 1.0
-    return factor / trainer.accumulate_grad_batches if pl_module.automatic_optimization else factor

@@ -106,8 +106,8 @@ class Hollow(Sgd):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.base, self.net = Sgd().net.state_dict(), None
+        self.base = {n: value + seed for n, value in self.net.state_dict().items()}
+        self.net = None
 
     def configure_model(self):
         if self.net is None:
