@@ -13,7 +13,7 @@ from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.files import SECTION, locate, read, write_adapter
 from lightning_peft.fingerprint import difference
 from lightning_peft.injection import place, remove, settle_outside
-from lightning_peft.sharding import refuse_flat, reshard, whole, write
+from lightning_peft.sharding import reshard, whole, write
 from lightning_peft.switching import reset_buffers, switch
 from lightning_peft.trainable import (
     adapter_names,
@@ -21,6 +21,7 @@ from lightning_peft.trainable import (
     model_tensors,
     network,
     refuse_disabled,
+    refuse_flat,
     require,
     required_names,
     trainable_names,

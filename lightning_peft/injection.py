@@ -15,7 +15,7 @@ from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method
 from lightning_peft.quantized import bits
-from lightning_peft.sharding import refuse_flat, reshard, write
+from lightning_peft.sharding import reshard, write
 from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
 from lightning_peft.trainable import (
     MARK,
@@ -24,6 +24,7 @@ from lightning_peft.trainable import (
     network,
     persistent_buffers,
     refuse_disabled,
+    refuse_flat,
     require,
 )
 

@@ -6,9 +6,8 @@ from torch import nn
 
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import remove
-from lightning_peft.sharding import refuse_flat
 from lightning_peft.switching import switch
-from lightning_peft.trainable import adapted_modules, refuse_disabled, require
+from lightning_peft.trainable import adapted_modules, refuse_disabled, refuse_flat, require
 
 
 def merge(model: nn.Module) -> None:

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import PEFTError
-
 _FSDP, _COMPILED = "_fsdp_wrapped_module.", "_orig_mod."
 
 
@@ -43,17 +41,6 @@ def write(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole value into a tensor, in place."""
     with torch.no_grad():
         tensor.copy_(split(value.detach(), tensor))
-
-
-def refuse_flat(model: nn.Module, verb: str) -> None:
-    """Raise if `FullyShardedDataParallel` wraps parts of the model: its parameters are then pieces of flat ones."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FullyShardedDataParallel", None)
-    if kind is not None and any(isinstance(m, kind) for m in model.modules()):
-        raise PEFTError(
-            f"{verb}: the model is wrapped by FSDP, and its parameters are pieces of flat ones. Save with"
-            " trainer.save_checkpoint(path), and load that into a model built anew."
-        )
 
 
 def reshard(model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 from lightning_peft.adapted import Adapted
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import Method
-from lightning_peft.sharding import named_parameters, refuse_flat, reshard, sharded, write
-from lightning_peft.trainable import Injection, adapted_modules, persistent_buffers, require
+from lightning_peft.sharding import named_parameters, reshard, sharded, write
+from lightning_peft.trainable import Injection, adapted_modules, persistent_buffers, refuse_flat, require
 
 
 @contextmanager

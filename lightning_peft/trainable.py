@@ -167,3 +167,13 @@ def refuse_disabled(injection: Injection, verb: str) -> None:
     """Inside `disabled` the tensors are those of the base: not the time to save, load or merge."""
     if injection.disabled:
         raise PEFTError(f"{verb} inside `with disabled(model)`: the adapters are switched off. Do it outside.")
+
+
+def refuse_flat(model: nn.Module, verb: str) -> None:
+    """A strategy that flattened the parameters left pieces of them: not to be read or written one by one."""
+    found = find(model)
+    if found is not None and found[0].summary is not None:
+        raise PEFTError(
+            f"{verb}: FSDP or DeepSpeed flattened the parameters of this model, and each process holds pieces. Save"
+            " with trainer.save_checkpoint(path), and load that into a model built anew."
+        )

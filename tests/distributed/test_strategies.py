@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_peft import PEFT, CheckpointError, adapter_state_dict, load_adapter, load_from_checkpoint
+from lightning_peft import PEFT, CheckpointError, LoRA, adapter_state_dict, load_adapter, load_from_checkpoint
 from lightning_peft.files import read
+from lightning_peft.trainable import find
 from tests.distributed.members import METHODS, Member
-from tests.models import loader, trainer
+from tests.models import Plain, loader, plain_loader, trainer
 
 pytestmark = pytest.mark.slow
 HOWS = ("ddp", "file", "shards")
@@ -31,6 +33,19 @@ def launch(root: Path, *arguments: object) -> str:
     )
     assert result.returncode == 0, (result.stdout[-1000:], result.stderr[-4000:])
     return result.stdout
+
+
+def launch_nodes(root: Path, port: int, *arguments: object) -> None:
+    """Run a script on two machines that are one: two `torchrun`, each with a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "--rdzv_id=peft", *map(str, arguments)]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=500)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], [text[-3000:] for text in said]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +103,40 @@ def test_what_the_helpers_wrote(out, how):
     (file,) = (out / "logs" / how).rglob("hparams.yaml")
     text = file.read_text()
     assert "method: LoRA" in text and "trainable: 1795" in text
+
+
+def test_sharded_corners(root, tmp_path):
+    """Late networks, the meta device, the core on a sharded module, refusals: see `sharded.py`."""
+    assert "hollow" in launch(root, HERE / "sharded.py", tmp_path)
+
+
+def test_fsdp_on_the_cpu(root, tmp_path):
+    """Everything of FSDP that can be made to run here: see `fsdp.py`."""
+    assert "lora False" in launch(root, HERE / "fsdp.py", tmp_path)
+
+
+def test_two_machines(root, tmp_path, alone):
+    """Two machines through torchrun, with DDP and shards: as one process."""
+    launch_nodes(root, int(os.environ["MASTER_PORT"]), HERE / "run.py", tmp_path, "ddp,shards", "lora")
+    for how in ("ddp", "shards"):
+        for key, value in torch.load(tmp_path / how / "lora" / "adapter.pt", weights_only=True).items():
+            torch.testing.assert_close(value, alone["lora"][key], atol=1e-5, rtol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize("start", ["ddp_spawn", "ddp_fork"])
+def test_child_processes(start, tmp_path, capfd):
+    """The parent's module stays bare: one line says which file to load, and using fresh adapters is refused."""
+    module, saver = Plain(), ModelCheckpoint(tmp_path / "c", monitor="val_loss")
+    run = trainer(tmp_path, PEFT(LoRA(r=2)), saver, devices=2, strategy=start)
+    run.fit(module, plain_loader(), plain_loader())
+    said = capfd.readouterr().err
+    assert said.count("the module in the parent process has no adapters") == 1 and find(module) is None
+    assert f"load_adapter(module, '{saver.best_model_path}')" in said
+    with pytest.raises(Exception, match="adapters here are fresh ones"):
+        run.test(module, plain_loader(), verbose=False)
+    by_path = run.test(module, plain_loader(), ckpt_path="best", verbose=False)
+    load_adapter(module, saver.best_model_path)
+    assert run.test(module, plain_loader(), verbose=False) == by_path
 
 
 def test_a_broken_folder_is_one_error(out, tmp_path):
