@@ -197,7 +197,8 @@ class Loader:
             "state": {flat[i]: s for i, s in state["state"].items()},
             "param_groups": [{**g, "params": [flat[i] for i in g["params"]]} for g in state["param_groups"]],
         }
-        with _get_full_state_dict_context(model, world_size=self.trainer.world_size, rank0_only=False):
+        context: Any = _get_full_state_dict_context(model, world_size=self.trainer.world_size, rank0_only=False)
+        with context:
             return FSDP.optim_state_dict_to_load(model, optimizer, named)
 
     def _weights_from(self, path: Path, info: Mapping[str, Any]) -> None:

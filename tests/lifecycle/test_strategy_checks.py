@@ -58,7 +58,7 @@ def test_deepspeed(tmp_path):
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     rest = {k: v for k, v in content.items() if k not in ("state_dict", "optimizer_states")}
     module, callback = Plain(), PEFT(LoRA())
-    run = like_deepspeed(tmp_path, callback)
+    run = module.trainer = like_deepspeed(tmp_path, callback)
     callback.setup(run, module, "fit")
     assert run.strategy.exclude_frozen_parameters is True
     module.on_load_checkpoint(dict(rest))  # as its engine gives it back: without weights
