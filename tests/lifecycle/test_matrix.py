@@ -11,10 +11,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
-    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -23,8 +21,6 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
-from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_peft import (
@@ -48,6 +44,8 @@ from tests.models import Plain, frozen_copy, plain_loader, trainer
 ELSEWHERE = {
     "ddp": "distributed/test_strategies.py::test_equal_to_one_process",
     "nothing to train": "lifecycle/test_callback.py::test_no_match_shows_candidates",
+    "precision plugins": "lifecycle/test_precision.py::test_precision",
+    "bitsandbytes plugin": "lifecycle/test_precision.py::test_bitsandbytes_precision",
     "quantised base": "methods/test_qlora.py",
     "compiled network": "lifecycle/test_callback.py::test_compiled_network_inside",
     "compiled method": "contract/test_contract.py::test_compile",
@@ -59,6 +57,7 @@ ELSEWHERE = {
     "frozen batch norm": "lifecycle/test_callback.py::test_frozen_statistics_do_not_drift",
     "every checkpoint": "contract/test_trainer.py::test_every_checkpoint_is_the_adapter",
     "resume": "contract/test_trainer.py::test_resume_is_exact",
+    "learning-rate finder, batch-size finder, Tuner": "lifecycle/test_finders.py::test_finders",
     "several fits": "lifecycle/test_callback.py::test_tuners_and_repeated_fits",
     "manual optimization": "lifecycle/test_optional_parts.py::test_manual_optimization",
     "loss scaling": "lifecycle/test_optional_parts.py::test_trainability_skips_steps_the_scaler_skipped",
@@ -119,45 +118,6 @@ def test_clipping(tmp_path, how, bound):
     torch.testing.assert_close(size, torch.tensor(0.1 * bound), atol=1e-7, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("precision", "base", "factor"),
-    [
-        ("bf16-mixed", torch.float32, torch.float32),
-        ("16-mixed", torch.float32, torch.float32),
-        ("bf16-true", torch.bfloat16, torch.float32),
-        ("16-true", torch.float16, torch.float32),
-        ("64-true", torch.float64, torch.float64),
-    ],
-)
-def test_precision(tmp_path, precision, base, factor):
-    """Factors and what the optimizer keeps of them never get narrower than float32."""
-
-    class Adam(Sgd):
-        def configure_optimizers(self):
-            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-    module, saver = Adam(), ModelCheckpoint(tmp_path / "c", monitor="val_loss")
-    run = trainer(tmp_path, PEFT(LoRA()), TrainabilityCheck(), MergeOnFitEnd("last"), saver, precision=precision)
-    run.fit(module, plain_loader(), plain_loader())
-    assert {p.dtype for n, p in module.named_parameters() if n in set(trainable_names(module))} == {factor}
-    assert module.net[0].base.weight.dtype == base
-    kept = torch.load(saver.best_model_path, weights_only=True)["optimizer_states"][0]["state"].values()
-    assert {s["exp_avg"].dtype for s in kept} == {factor}
-    assert run.test(module, plain_loader(), ckpt_path="best", verbose=False)[0]["test_loss"] > 0
-
-
-def test_bitsandbytes_precision(tmp_path):
-    """Lightning's plugin packs the base and leaves the factors as they are."""
-    pytest.importorskip("bitsandbytes")
-    module = Sgd()
-    inject(module, LoRA(r=4))
-    names = trainable_names(module)
-    BitsandbytesPrecision("nf4", dtype=torch.float32).convert_module(module)
-    parameters = dict(module.named_parameters())
-    assert trainable_names(module) == names and all(type(parameters[n]) is nn.Parameter for n in names)
-    assert type(module.net[0].base).__name__ == "_NF4Linear" and all(parameters[n].requires_grad for n in names)
-
-
 def test_compiled_in_place(tmp_path):
     """`net.compile()` keeps all names."""
     module = Sgd()
@@ -180,38 +140,6 @@ def test_swa(tmp_path):
     run.save_checkpoint(tmp_path / "a.ckpt")
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert same(content["state_dict"], adapter_state_dict(module))
-
-
-def test_finders(tmp_path):
-    """Finders try, put the adapter back, and the fit starts where it would have started without them."""
-
-    class Sized(Sgd):
-        lr, batch_size = 0.1, 8
-
-        def train_dataloader(self):
-            return plain_loader(batch_size=self.batch_size)
-
-        val_dataloader = train_dataloader
-
-        def configure_optimizers(self):
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-    ends = []
-    for finders in ([], [LearningRateFinder(num_training_steps=8, update_attr=False)]):
-        torch.manual_seed(0)
-        module = Sized()
-        trainer(tmp_path, PEFT(LoRA()), *finders).fit(module)
-        ends.append(adapter_state_dict(module))
-    assert same(*ends)
-    for find in (
-        lambda t, m: trainer(tmp_path, PEFT(LoRA()), BatchSizeFinder(steps_per_trial=1, max_trials=2)).fit(m),
-        lambda t, m: Tuner(t).scale_batch_size(m, steps_per_trial=1, max_trials=2),
-        lambda t, m: Tuner(t).lr_find(m, num_training=5),
-    ):
-        module = Sized()
-        find(trainer(tmp_path, PEFT(LoRA())), module)
-        assert len(trainable_names(module)) == 4
-        trainer(tmp_path, PEFT(LoRA())).fit(module)
 
 
 def test_summary_counts(tmp_path):
