@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,18 @@ def read_folder(path: Path, optimizers: bool = True) -> dict[str, Any]:
         if states:
             content["optimizer_states"] = states
     return content
+
+
+@contextmanager
+def as_file(path: Path) -> Iterator[Path]:
+    """A path to one file: the checkpoint itself, or what a folder holds, without optimizer states, put together."""
+    if not is_folder(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "whole.ckpt")
+        torch.save(read_folder(path, optimizers=False), file)
+        yield file
 
 
 def _values(path: Path, index: Any, starts: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
@@ -53,7 +54,7 @@ class _Hook:
 
 def _filter(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Keep only the adapter in the state dict; a full one holds the base as it is without the adapter."""
-    trainer = module.__dict__.get("_trainer")
+    trainer = module._trainer
     if find(module) is None or (trainer is not None and filters_itself(trainer)):
         return
     if module.__dict__.get(_SAVE) == "full":
@@ -123,7 +124,9 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         fitted = fitting(module, state, info, "The checkpoint")
         checkpoint["state_dict"] = reroot(state, info, module) if info.get("save") == "full" else fitted
         make_way(module, checkpoint["state_dict"])
-        if "optimizer_states" in checkpoint and not loads_late(module.trainer):
+        trainer = module._trainer
+        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING and not loads_late(trainer)
+        if fits and "optimizer_states" in checkpoint:
             module.__dict__[_WAITING] = checkpoint
     if waits(module):
         module.__dict__[_UNSEEN] = info

@@ -130,10 +130,11 @@ class Loader:
             return original(checkpoint_path, weights_only)
         if loads_late(self.trainer):
             return self.load(path)
-        if is_folder(path):
+        if isinstance(strategy, DeepSpeedStrategy):
+            if is_folder(path) or (path.is_file() and not strategy.load_full_weights):
+                raise CheckpointError(f"{path} is not by DeepSpeed, which resumes from folders of its own. {_ANEW}")
+        elif is_folder(path):
             return numbered_folder(path, self.trainer.state.fn == TrainerFn.FITTING)
-        if isinstance(strategy, DeepSpeedStrategy) and path.is_file() and not strategy.load_full_weights:
-            raise CheckpointError(f"{path} was not written by DeepSpeed, which resumes from its own folders. {_ANEW}")
         return original(checkpoint_path, weights_only)
 
     def load(self, path: Path) -> dict[str, Any]:

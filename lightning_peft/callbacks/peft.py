@@ -202,17 +202,17 @@ class PEFT(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
-        check_trained(trainer, self._fresh)
+        check_trained(trainer, self._fresh and self.init_from is None)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
-        check_trained(trainer, self._fresh)
+        check_trained(trainer, self._fresh and self.init_from is None)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
-        check_trained(trainer, self._fresh)
+        check_trained(trainer, self._fresh and self.init_from is None)
 
     def _check_order(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Callbacks that deep-copy the module in their setup must come after the injection."""

@@ -22,7 +22,7 @@ from lightning_peft.callbacks.best import best_path
 from lightning_peft.errors import TrainingError
 from lightning_peft.method import Method
 from lightning_peft.sharding import named_parameters, sharded
-from lightning_peft.trainable import adapted_modules, require, trainable_names
+from lightning_peft.trainable import adapted_modules, require, state_names, trainable_names
 
 KNOWN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 _BEFORE = (
@@ -82,6 +82,14 @@ def check_methods(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             raise TrainingError(
                 f"{type(method).__name__} works on whole adapters between steps ({', '.join(own)}), and"
                 f" {type(trainer.strategy).__name__} keeps flattened parts of them. Use ModelParallelStrategy or 'ddp'."
+            )
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        parameters = dict(pl_module.named_parameters())
+        frozen = [n for n in state_names(pl_module) if n in parameters]
+        if frozen:
+            raise TrainingError(
+                f"The adapter has frozen tensors ({frozen[0]}, …), and DeepSpeed leaves those out of its checkpoints."
+                " Use ModelParallelStrategy or 'ddp'."
             )
 
 

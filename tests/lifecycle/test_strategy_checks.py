@@ -22,6 +22,7 @@ from lightning_peft import (
     load_adapter,
 )
 from lightning_peft.callbacks.moving import fit_to
+from lightning_peft.callbacks.strategies import check_methods
 from tests.models import Plain, bert, plain_loader, trainer
 
 
@@ -65,7 +66,7 @@ def test_deepspeed(tmp_path):
     rest["lightning_peft"]["methods"][0]["config"]["r"] = 3
     with pytest.raises(CheckpointError, match=r"r=3 \(here 8\)"):
         module.on_load_checkpoint(dict(rest))
-    with pytest.raises(CheckpointError, match=r"not written by DeepSpeed.*PEFT\(init_from=PATH\)"):
+    with pytest.raises(CheckpointError, match=r"is not by DeepSpeed.*PEFT\(init_from=PATH\)"):
         run.strategy.load_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(PEFTError, match="flattened the parameters"):
         adapter_state_dict(module)
@@ -76,6 +77,9 @@ def test_deepspeed(tmp_path):
     adaptive.setup(run, other, "fit")
     with pytest.raises(TrainingError, match=r"AdaLoRA works on whole adapters.*Use ModelParallelStrategy"):
         adaptive.on_fit_start(run, other)
+    inject(third := Plain(), LoRA(r=2, init="pissa"))
+    with pytest.raises(TrainingError, match=r"frozen tensors \(net.0.delta.start_A"):
+        check_methods(run, third)
     folder = tmp_path / "deepspeed.ckpt"
     (folder / "checkpoint").mkdir(parents=True)
     (folder / "latest").write_text("checkpoint")
