@@ -123,19 +123,30 @@ def test_two_machines(root, tmp_path, alone):
             torch.testing.assert_close(value, alone["lora"][key], atol=1e-5, rtol=1e-3, msg=key)
 
 
-@pytest.mark.parametrize("start", ["ddp_spawn", "ddp_fork"])
-def test_child_processes(start, tmp_path, capfd):
-    """The parent's module stays bare: one line says which file to load, and using fresh adapters is refused."""
+def in_children(tmp_path, start):
+    """A fit in child processes: the parent's module stays bare."""
     module, saver = Plain(), ModelCheckpoint(tmp_path / "c", monitor="val_loss")
     run = trainer(tmp_path, PEFT(LoRA(r=2)), saver, devices=2, strategy=start)
     run.fit(module, plain_loader(), plain_loader())
+    assert find(module) is None
+    return module, run, saver.best_model_path
+
+
+def test_spawned_processes_say_where_the_result_is(tmp_path, capfd):
+    """One warning, with the file to load."""
+    _, _, path = in_children(tmp_path, "ddp_spawn")
     said = capfd.readouterr().err
-    assert said.count("the module in the parent process has no adapters") == 1 and find(module) is None
-    assert f"load_adapter(module, '{saver.best_model_path}')" in said
+    assert said.count("the module in the parent process has no adapters") == 1
+    assert f"load_adapter(module, {path!r})" in said
+
+
+def test_notebook(tmp_path):
+    """Fresh adapters in new children are not those that were trained: refused until the file is given."""
+    module, run, path = in_children(tmp_path, "ddp_fork")
     with pytest.raises(Exception, match="adapters here are fresh ones"):
         run.test(module, plain_loader(), verbose=False)
     by_path = run.test(module, plain_loader(), ckpt_path="best", verbose=False)
-    load_adapter(module, saver.best_model_path)
+    load_adapter(module, path)
     assert run.test(module, plain_loader(), verbose=False) == by_path
 
 
