@@ -21,6 +21,7 @@ _HOME = {
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
     "lightning_peft.injection": ("inject", "unload"),
+    "lightning_peft.hollow": ("load_base",),
     "lightning_peft.switching": ("disabled",),
     "lightning_peft.trainable": ("trainable_names", "state_names"),
     "lightning_peft.bottleneck.placement": ("drop_layers",),
@@ -38,6 +39,8 @@ _HOME = {
         "LogAdapter",
         "PredictionWriter",
         "AdapterDrop",
+        "FSDPWrapPolicy",
+        "inject_now",
     ),
     "lightning_peft.reload": ("load_from_checkpoint",),
     "lightning_peft.data": ("TextDataModule", "ImageDataModule", "AudioDataModule"),
@@ -51,10 +54,12 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import (
         PEFT,
         AdapterDrop,
+        FSDPWrapPolicy,
         LogAdapter,
         MergeOnFitEnd,
         PredictionWriter,
         TrainabilityCheck,
+        inject_now,
     )
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
     from lightning_peft.combining import combine
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.export import save_merged
     from lightning_peft.formats.peft import export_peft, import_peft
+    from lightning_peft.hollow import load_base
     from lightning_peft.injection import inject, unload
     from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method

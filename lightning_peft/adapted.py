@@ -8,14 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import MergeError, PEFTError
 from lightning_peft.quantized import packed
+from lightning_peft.sharding import gathered, sharded, write
 
 _NARROW = (torch.float16, torch.bfloat16)
 
 
 class Delta(nn.Module):
     """Holds the trained tensors of one adapted module; never narrower than float32, whatever the model is cast to."""
+
+    #: start values of a module that was built on the meta device
+    starts: dict[str, Tensor] | None = None
+
+    def reset_parameters(self) -> None:
+        """Take the start values, for strategies that give storage to a network built on the meta device."""
+        if self.starts is None:
+            raise PEFTError(
+                "A model with adapters was given new storage, and their values are lost. Build the network on the meta"
+                " device and let PEFT(...) or inject_now(self) adapt it there, or build it on the CPU."
+            )
+        for name, value in self.starts.items():
+            write(getattr(self, name), value)
+        self.starts = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def keep(tensor: Tensor) -> Tensor:
@@ -42,7 +57,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.base, self.delta = base, delta
         self.active = True
-        self.originals: dict[str, nn.Parameter] = {}  # base parameters replaced by merged ones; outside parameters()
+        #: base parameters replaced by merged ones (outside parameters()); copies of those that are split over processes
+        self.originals: dict[str, nn.Parameter] = {}
         self.train(base.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +87,7 @@ class Adapted(nn.Module):
         """Swap the merged tensors in; the originals are kept, so that `unmerge` restores the very same objects."""
         if reason := self.obstacle():
             raise MergeError(f"Cannot merge: {reason}")
-        with torch.no_grad():
+        with torch.no_grad(), gathered(self.modules(), keep=False):
             tensors = self.merged()
         for name, tensor in tensors.items():
             if name not in dict(self.base.named_parameters()):
@@ -83,6 +99,10 @@ class Adapted(nn.Module):
                 raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
         for name, tensor in tensors.items():
             old = self.base.get_parameter(name)
+            if sharded(old):  # FSDP gathers from the parameter it knows
+                self.originals[name] = nn.Parameter(old.detach().clone(), requires_grad=False)
+                write(old, tensor.to(old.dtype))
+                continue
             self.originals[name] = old
             self._put(name, nn.Parameter(tensor.to(old.dtype), requires_grad=False))
         self.active = False
@@ -91,6 +111,9 @@ class Adapted(nn.Module):
         """Put the original base parameters back."""
         for name, old in self.originals.items():
             now = self.base.get_parameter(name)
+            if sharded(now):
+                write(now, old)
+                continue
             if old.device != now.device:
                 old.data = old.data.to(now.device)
             self._put(name, old)

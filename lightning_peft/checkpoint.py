@@ -14,6 +14,7 @@ from lightning_peft.files import SECTION, locate, read, write_adapter
 from lightning_peft.fingerprint import difference
 from lightning_peft.guards import bounded
 from lightning_peft.injection import place, remove, settle_outside
+from lightning_peft.sharding import reshard, whole, write
 from lightning_peft.switching import reset_buffers, switch
 from lightning_peft.trainable import (
     adapter_names,
@@ -21,6 +22,7 @@ from lightning_peft.trainable import (
     model_tensors,
     network,
     refuse_disabled,
+    refuse_flat,
     require,
     required_names,
     trainable_names,
@@ -47,6 +49,8 @@ Source = str | os.PathLike | Mapping[str, Any]
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that make up the adapter: exactly ``trainable_names + state_names``, detached.
 
+    Of a sharded model all processes get whole tensors, and all must call this.
+
     >>> from torch import nn
     >>> from lightning_peft import LoRA, adapter_state_dict, inject
     >>> net = nn.Sequential(nn.Linear(4, 4))
@@ -55,8 +59,10 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     {'0.delta.lora_A': (2, 4), '0.delta.lora_B': (4, 2)}
     """
     refuse_disabled(require(model)[0], "save")
+    refuse_flat(model, "adapter_state_dict")
+    reshard(model)
     names, tensors = adapter_names(model), model_tensors(model)
-    return {name: tensors[name].detach() for name in names}
+    return {name: whole(tensors[name].detach()) for name in names}
 
 
 def section(model: nn.Module) -> dict[str, Any]:
@@ -218,16 +224,17 @@ def reroot(state: Mapping[str, Tensor], info: Mapping[str, Any], model: nn.Modul
 def assign(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Copy values in after all names and shapes were compared; unmerges first. Other statistics start afresh."""
     verify_tensors(model, state, where)
+    refuse_flat(model, "load_adapter")
     make_way(model, state)
     tensors = model_tensors(model)
-    with torch.no_grad():
-        for name, value in state.items():
-            tensors[name].copy_(value)
+    for name, value in state.items():
+        write(tensors[name], value)
 
 
 def make_way(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Unmerge, and set statistics that ``state`` does not hold back to their start: they had not moved then."""
     injection, prefix, root = require(model)
     refuse_disabled(injection, "load")
+    reshard(root)
     switch(injection, root, merged=False)
     reset_buffers(injection, root, given={n.removeprefix(prefix) for n in state})

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
+from lightning_peft.folders import is_folder, read_folder
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import locate as locate
@@ -41,7 +42,8 @@ def write_adapter(path: Path, state: Mapping[str, Tensor], info: Mapping[str, An
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and section of an adapter file, a folder with one (``adapter.safetensors``), or a Lightning checkpoint.
+    """Tensors and section of an adapter file, a folder with one (``adapter.safetensors``), or a Lightning checkpoint,
+    one file or a folder of shards.
 
     Raises:
         CheckpointError: missing, broken, unsafe, or not written by us.
@@ -50,15 +52,25 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not place.exists():
         near = sorted(p.name for p in place.parent.glob("*") if p.suffix in (".ckpt", ".safetensors"))[:5]
         raise CheckpointError(f"{place} does not exist." + (f" There is: {', '.join(near)}." if near else ""))
-    if place.is_dir():
-        place = _inside(place)
-    if not place.is_file() or not os.access(place, os.R_OK):
-        raise CheckpointError(f"{place} is no file that can be read here.")
-    state, info = split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
+    if (place / "checkpoint").is_dir() and (place / "latest").is_file():
+        raise CheckpointError(
+            f"{place} was written by DeepSpeed. Make one file of it with"
+            " lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(folder, file)."
+        )
+    if is_folder(place):
+        state, info = split(read_folder(place, optimizers=False), str(place))
+    else:
+        state, info = _read_file(_inside(place) if place.is_dir() else place)
     verify_section(info, str(path))
     verify_keys(state, info, str(path))
     verify_finite({n: state[n] for n in info["trainable"] if n in info["keys"]}, str(path))
     return state, info
+
+
+def _read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not place.is_file() or not os.access(place, os.R_OK):
+        raise CheckpointError(f"{place} is no file that can be read here.")
+    return split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
 
 
 def _inside(folder: Path) -> Path:

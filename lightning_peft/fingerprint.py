@@ -27,16 +27,23 @@ def fingerprint(model: nn.Module, skip: set[int]) -> dict[str, Any]:
     parameters = dict(sorted(model.named_parameters()))
     frozen = {n: p for n, p in parameters.items() if id(p) not in skip}
     names = "\n".join(f"{n}:{tuple(logical_shape(p))}" for n, p in parameters.items())
-    sketch = _sketch(list(frozen.values()))
     config = getattr(model, "config", None)
     return {
         "structure": hashlib.sha256(names.encode()).hexdigest()[:16],
-        "values": hashlib.sha256(sketch.encode()).hexdigest()[:16] if sketch.strip("f") else "",
-        "sketch": sketch,
+        **sketch_of(list(frozen.values())),
         "class": type(model).__name__,
         "source": str(getattr(config, "_name_or_path", "") or ""),
         "dtype": str(next((p.dtype for p in frozen.values() if p.is_floating_point()), "")).removeprefix("torch."),
         "parameters": sum(logical_shape(p).numel() for p in parameters.values()),
+    }
+
+
+def sketch_of(parameters: list[Tensor]) -> dict[str, str]:
+    """The parts of a fingerprint that depend on values, for the frozen parameters in the order of their names."""
+    sketch = _sketch(parameters)
+    return {
+        "values": hashlib.sha256(sketch.encode()).hexdigest()[:16] if sketch.strip("f") else "",
+        "sketch": sketch,
     }
 
 
@@ -63,6 +70,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], *, values: bool = T
 
 def logical_shape(parameter: Tensor) -> torch.Size:
     """The shape a parameter has for the model; a 4-bit one is stored packed."""
+    if hasattr(parameter, "ds_shape"):  # DeepSpeed stage 3 keeps nothing in place
+        return torch.Size(parameter.ds_shape)
     state = getattr(parameter, "quant_state", None)
     return torch.Size(state.shape) if state is not None and hasattr(state, "shape") else parameter.shape
 

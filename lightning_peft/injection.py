@@ -16,6 +16,7 @@ from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method, brief
 from lightning_peft.quantized import bits
+from lightning_peft.sharding import reshard, write
 from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
 from lightning_peft.trainable import (
     MARK,
@@ -24,6 +25,7 @@ from lightning_peft.trainable import (
     network,
     persistent_buffers,
     refuse_disabled,
+    refuse_flat,
     require,
 )
 
@@ -124,12 +126,14 @@ def unload(model: nn.Module) -> None:
     """
     injection, _, root = require(model)
     refuse_complete(injection, "unload")
+    refuse_flat(model, "unload")
     refuse_disabled(injection, "unload")
     switch(injection, root, merged=False)
+    reshard(root)
     values = dict(root.named_parameters())
     with torch.no_grad():
         for name, old in injection.before.items():
-            values[name].copy_(old)
+            write(values[name], old)
     reset_buffers(injection, root)
     remove(injection, root)
 

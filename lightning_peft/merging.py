@@ -8,7 +8,7 @@ from lightning_peft.adapted import Adapted
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import remove
 from lightning_peft.switching import switch
-from lightning_peft.trainable import adapted_modules, refuse_disabled, require
+from lightning_peft.trainable import adapted_modules, refuse_disabled, refuse_flat, require
 
 
 def merge(model: nn.Module) -> None:
@@ -75,6 +75,7 @@ def merge_and_unload(model: nn.Module) -> None:
 
 def refuse(model: nn.Module) -> None:
     """Raise a `MergeError` with the reason if a method in the model does not merge."""
+    refuse_flat(model, "merge")
     for method in require(model)[0].methods:
         if not method.mergeable:
             raise MergeError(

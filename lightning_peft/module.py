@@ -20,7 +20,7 @@ from lightning_peft.files import SECTION
 from lightning_peft.task.batches import check_labels
 from lightning_peft.task.hyperparameters import check, numbered, plain_options, tidy, unstorable
 from lightning_peft.task.kinds import find_task
-from lightning_peft.task.loading import label_names as names_in
+from lightning_peft.task.labels import ask_data, check_words, fit_network
 from lightning_peft.task.loading import load, load_tokenizer
 from lightning_peft.task.losses import TokenLoss
 from lightning_peft.task.metrics import stages
@@ -122,13 +122,11 @@ class TaskModule(L.LightningModule):
         """Build the network, once; label names come from the data module where none are given."""
         if self.metrics is not None:
             return
-        self._ask_data()
+        self.label_names = ask_data(self._data(), self.task, self.label_names)
         if self.model is None:
             self.model = self._load()
-        if self.task.is_cloze:
-            self._settle_words()
-        elif self.task.target in ("class", "token"):
-            self._settle_labels(self.model)
+        if self.task.is_cloze or self.task.target in ("class", "token"):
+            self._settle_classes(self.model)
         if self.hparams.gradient_checkpointing:
             checkpoint_activations(self.model)
         self._set_padding(self.model)
@@ -149,40 +147,15 @@ class TaskModule(L.LightningModule):
             rank_zero_info(line)
         return network
 
-    def _ask_data(self) -> None:
-        """Take label names from the data module, and make sure that it prepares this task."""
-        data = self._data()
-        task, names = getattr(data, "task", None), getattr(data, "label_names", None)
-        if isinstance(task, str) and task != self.task.name:
-            raise ConfigError(f"The model has task={self.task.name!r}, the data module task={task!r}; make them equal.")
-        if not names or self.task.target not in ("class", "token"):
-            return
-        if self.label_names is None:
-            self.label_names = [str(n) for n in names]
-        elif len(self.label_names) < len(names):
-            raise ConfigError(
-                f"The model has {len(self.label_names)} labels, the data {len(names)}: {', '.join(map(str, names))}."
-                " Leave out num_labels and label_names to take those of the data."
-            )
-
-    def _settle_words(self) -> None:
-        self.label_words = self.label_words or getattr(self._data(), "label_words", None)
-        if self.label_names is None or len(self.label_words or []) != len(self.label_names):
-            raise ConfigError(
-                f"{self.task.name} needs label_names and the words of each: train with TextDataModule(verbalizer=…), or"
-                " give label_words=[[token id, …], …]."
-            )
-        self.hparams["label_names"], self.hparams["label_words"] = list(self.label_names), self.label_words
-
-    def _settle_labels(self, network: nn.Module) -> None:
-        known = names_in(network)
-        self.label_names = self.label_names or known
-        if self.label_names is None or (known and len(known) != len(self.label_names)):
-            raise ConfigError(
-                f"{type(network).__name__} puts out {len(known) if known else 'an unknown number of'} labels,"
-                f" {len(self.label_names or [])} are named. Give it a head for them, and label_names=[...]."
-            )
-        self.hparams["label_names"], self.hparams["num_labels"] = list(self.label_names), len(self.label_names)
+    def _settle_classes(self, network: nn.Module) -> None:
+        if self.task.is_cloze:
+            self.label_words = self.label_words or getattr(self._data(), "label_words", None)
+            check_words(self.task, self.label_names, self.label_words)
+            self.hparams["label_words"] = self.label_words
+        else:
+            self.label_names = fit_network(network, self.label_names)
+            self.hparams["num_labels"] = len(self.label_names)
+        self.hparams["label_names"] = list(self.label_names or [])
 
     def _set_padding(self, network: nn.Module) -> None:
         """Decoders with a classifier on top must know the padding token to find the last real one."""

@@ -16,6 +16,7 @@ from lightning_peft.callbacks.hooks import install
 from lightning_peft.checkpoint import adapter_state_dict, fitting_whole, inject_from, load_adapter, make_way
 from lightning_peft.errors import PEFTError
 from lightning_peft.files import load_checkpoint, locate, read
+from lightning_peft.folders import as_file
 from lightning_peft.trainable import find
 
 Module = TypeVar("Module", bound=L.LightningModule)
@@ -27,7 +28,7 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
     Args:
         cls_or_module: a LightningModule class, built from the hyper-parameters in the checkpoint, or an instance,
             which is adapted in place.
-        path: a checkpoint written with the `PEFT` callback.
+        path: a checkpoint written with the `PEFT` callback, a file or a folder of shards.
         kwargs: constructor arguments that replace or complete the stored ones (for a class).
 
     Returns:
@@ -37,7 +38,11 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
     Raises:
         CheckpointError: the checkpoint does not fit; nothing is half-loaded silently.
     """
-    file = locate(path)
+    with as_file(locate(path)) as file:
+        return _load(cls_or_module, file, kwargs)
+
+
+def _load(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[str, Any]) -> Module:
     state, info = read(file)  # one clear error for a plain, broken or unsafe file before anything is built
     if isinstance(cls_or_module, L.LightningModule):
         if kwargs:

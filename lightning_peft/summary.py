@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.fingerprint import logical_shape
 from lightning_peft.paths import size as size
-from lightning_peft.trainable import require
+from lightning_peft.trainable import adapter_names, model_tensors, require
 
 
 def summarize(model: nn.Module) -> dict[str, Any]:
@@ -31,7 +30,9 @@ def summarize(model: nn.Module) -> dict[str, Any]:
     (20, 240, ['1'])
     """
     injection, _, root = require(model)
-    parameters = dict(root.named_parameters())
+    if injection.summary is not None:
+        return dict(injection.summary)
+    parameters, tensors = dict(root.named_parameters()), model_tensors(model)
     trained = set(injection.trained)
     trainable = {n: p for n, p in parameters.items() if n in trained or p.requires_grad}
     total = sum(_count(p) for p in parameters.values())
@@ -41,7 +42,7 @@ def summarize(model: nn.Module) -> dict[str, Any]:
         "trainable": count,
         "total": total,
         "percent": 100 * count / max(total, 1),
-        "adapter_bytes": sum(_bytes(t) for t in adapter_state_dict(model).values()),
+        "adapter_bytes": sum(_bytes(tensors[n]) for n in adapter_names(model)),
         "base_bytes": sum(_bytes(p) for n, p in parameters.items() if ".delta." not in f".{n}"),
         "targets": _rows(trainable),
         "saved_modules": list(injection.saved),
@@ -49,6 +50,14 @@ def summarize(model: nn.Module) -> dict[str, Any]:
         "frozen": _frozen(root, trainable),
         "fingerprint": injection.base["values"],
     }
+
+
+def keep_sizes(model: nn.Module) -> None:
+    """Remember counts and shapes before a strategy flattens the parameters."""
+    injection = require(model)[0]
+    if injection.summary is None:
+        injection.summary = summarize(model)
+        injection.shapes = {n: logical_shape(t) for n, t in model_tensors(model).items()}
 
 
 def describe(model: nn.Module) -> str:

@@ -11,7 +11,8 @@ from torch import nn
 from lightning_peft.adapted import Adapted
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import Method
-from lightning_peft.trainable import Injection, adapted_modules, persistent_buffers, require
+from lightning_peft.sharding import named_parameters, reshard, sharded, write
+from lightning_peft.trainable import Injection, adapted_modules, persistent_buffers, refuse_flat, require
 
 
 @contextmanager
@@ -35,6 +36,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """
     injection, _, root = require(model)
     refuse_complete(injection, "disabled")
+    refuse_flat(model, "disabled")
     injection.disabled += 1
     if injection.disabled > 1:
         try:
@@ -44,6 +46,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         return
     was_merged = injection.merged
     switch(injection, root, merged=False)
+    reshard(root)
     swapped = _swap_values(root, injection)
     wrapped = [(m, m.active) for _, m in adapted_modules(root)]
     for m, _ in wrapped:
@@ -53,8 +56,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for m, was_active in wrapped:
             m.active = was_active
+        if any(sharded(tensor) for tensor, _ in swapped):
+            reshard(root)
         for tensor, value in swapped:
-            tensor.data = value
+            _set(tensor, value)
         switch(injection, root, merged=was_merged)
         injection.disabled -= 1
 
@@ -63,6 +68,7 @@ def switch(injection: Injection, root: nn.Module, *, merged: bool) -> None:
     """Bring all wrapped modules into the merged or the unmerged state."""
     if injection.merged == merged:
         return
+    reshard(root)
     done: list[Adapted] = []
     try:
         for _, module in list(adapted_modules(root)):
@@ -80,13 +86,13 @@ def reset_buffers(injection: Injection, root: nn.Module, given: Collection[str] 
     now = persistent_buffers(root)
     with torch.no_grad():
         for name, old in injection.buffers.items():
-            if name in now and name not in given:
+            if name in now and name not in given and not old.is_meta:
                 now[name].copy_(old)
 
 
 def settle_flags(injection: Injection, root: nn.Module) -> None:
     """Let require gradients what trains and nothing else, as at injection (after ``freeze()`` or ``unfreeze()``)."""
-    parameters = dict(root.named_parameters())
+    parameters = dict(named_parameters(root))
     for names, flag in ((injection.trained, True), (injection.frozen, False)):
         for name in names:
             if name in parameters:
@@ -111,6 +117,13 @@ def _swap_values(root: nn.Module, injection: Injection) -> list[tuple[torch.Tens
     for name, old in (injection.before | injection.buffers).items():
         if name in tensors:
             tensor = tensors[name]
-            swapped.append((tensor, tensor.data))
-            tensor.data = old.to(tensor.device, tensor.dtype, copy=True)  # a forward may write statistics into it
+            swapped.append((tensor, tensor.detach().clone() if sharded(tensor) else tensor.data))
+            _set(tensor, old.to(tensor.device, tensor.dtype, copy=True))  # a forward may write statistics into it
     return swapped
+
+
+def _set(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    if sharded(tensor):
+        write(tensor, value)
+    else:
+        tensor.data = value

@@ -14,6 +14,7 @@ from lightning_peft.adapted import Adapted
 from lightning_peft.errors import PEFTError
 from lightning_peft.match import is_metric
 from lightning_peft.method import Method
+from lightning_peft.sharding import named_parameters, unwrapped
 
 MARK = "_lightning_peft"
 
@@ -33,6 +34,8 @@ class Injection:
     buffers: dict[str, Tensor] = field(default_factory=dict)  # start values of buffers
     outside: dict[str, Tensor] = field(default_factory=dict)  # the same for buffers beside the network, by full name
     flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before, by name before wrapping
+    summary: dict[str, Any] | None = None  # counts, and shapes by full name, before a strategy flattened parameters
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
     merged: bool = False
     disabled: int = 0  # depth of `disabled` contexts
 
@@ -58,7 +61,7 @@ def find(model: nn.Module) -> tuple[Injection, str, nn.Module] | None:
     """The injection in ``model`` with the path and the network it was made in, or None."""
     for name, module in model.named_modules():
         if MARK in module.__dict__:
-            return module.__dict__[MARK], name + "." if name else "", module
+            return module.__dict__[MARK], unwrapped(name + ".") if name else "", module
     return None
 
 
@@ -90,7 +93,7 @@ def trainable_names(model: nn.Module) -> list[str]:
     """
     injection, prefix, _ = require(model)
     trained = {prefix + n for n in injection.trained}
-    return [n for n, p in model.named_parameters() if n in trained or p.requires_grad]
+    return [n for n, p in named_parameters(model) if n in trained or p.requires_grad]
 
 
 def state_names(model: nn.Module) -> list[str]:
@@ -101,8 +104,8 @@ def state_names(model: nn.Module) -> list[str]:
     """
     injection, prefix, root = require(model)
     outside = {n: b for n, b in persistent_buffers(model).items() if n in injection.outside} if prefix else {}
-    tensors = dict(root.named_parameters()) | persistent_buffers(root)  # state_dict() would ask for these names again
-    names = {n for m in injection.methods for n in m.state_names(root)}
+    tensors = dict(named_parameters(root)) | persistent_buffers(root)  # state_dict() would ask for these names again
+    names = {unwrapped(n) for m in injection.methods for n in m.state_names(root)}
     names |= {n for n in injection.buffers if any(n.startswith(s + ".") for s in injection.saved)}
     names |= {n for n, old in injection.buffers.items() if n in tensors and moved(old, tensors[n])}
     beside = [n for n, b in outside.items() if moved(injection.outside[n], b)]
@@ -116,13 +119,13 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    return dict(named_parameters(model)) | {unwrapped(n): b for n, b in model.named_buffers()}
 
 
 def required_names(model: nn.Module) -> list[str]:
     """What a file must hold: `adapter_names` without the statistics, which travel only when they moved."""
     injection, prefix, root = require(model)
-    state = [prefix + n for m in injection.methods for n in m.state_names(root)]
+    state = [prefix + unwrapped(n) for m in injection.methods for n in m.state_names(root)]
     return list(dict.fromkeys(trainable_names(model) + state))
 
 
@@ -133,7 +136,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                 seen.add(id(buffer))
-                state[f"{prefix}.{name}" if prefix else name] = buffer
+                state[unwrapped(f"{prefix}.{name}") if prefix else name] = buffer
     return state
 
 
@@ -164,3 +167,13 @@ def refuse_disabled(injection: Injection, verb: str) -> None:
     """Inside `disabled` the tensors are those of the base: not the time to save, load or merge."""
     if injection.disabled:
         raise PEFTError(f"{verb} inside `with disabled(model)`: the adapters are switched off. Do it outside.")
+
+
+def refuse_flat(model: nn.Module, verb: str) -> None:
+    """A strategy that flattened the parameters left pieces of them: not to be read or written one by one."""
+    found = find(model)
+    if found is not None and found[0].summary is not None:
+        raise PEFTError(
+            f"{verb}: FSDP or DeepSpeed flattened the parameters of this model, and each process holds pieces. Save"
+            " with trainer.save_checkpoint(path), and load that into a model built anew."
+        )

@@ -64,11 +64,9 @@ def verify_tensors(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     extra = [n for n in state if n not in known]
     if missing or extra:
         raise CheckpointError(misfit(where, missing, extra))
-    wrong = [
-        f"{n} {tuple(t.shape)} (here {tuple(tensors[n].shape)})"
-        for n, t in state.items()
-        if n in tensors and t.shape != tensors[n].shape
-    ]
+    kept = require(model)[0].shapes
+    shapes = {n: kept.get(n, tensors[n].shape) for n in state if n in tensors}
+    wrong = [f"{n} {tuple(state[n].shape)} (here {tuple(s)})" for n, s in shapes.items() if state[n].shape != s]
     if wrong:
         raise CheckpointError(f"{where} has other shapes than the adapters in the model: {some(wrong)}.")
     kinds = [

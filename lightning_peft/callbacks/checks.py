@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import lightning.pytorch as L
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_peft.callbacks.strategies import flattens
 from lightning_peft.errors import TrainingError
+from lightning_peft.sharding import named_parameters, unwrapped
 from lightning_peft.trainable import find, require, trainable_names
 
 _TOO_LATE = (
@@ -24,21 +24,6 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def check_strategy(trainer: L.Trainer) -> None:
-    """Strategies that shard the model need more than this version does; better refused than wrong on some rank."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise TrainingError(
-            f"{type(strategy).__name__} is not supported: adapters would not be sharded and reduced with the model."
-            " Use one device, or strategy='ddp'."
-        )
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        rank_zero_warn(
-            "This strategy trains in child processes: after fit, the module in this process has no adapters. Load the"
-            " result from a checkpoint: lightning_peft.load_adapter(module, path)."
-        )
-
-
 def check_present(pl_module: L.LightningModule) -> None:
     """A network rebuilt after the injection has no adapters."""
     if find(pl_module) is None:
@@ -49,7 +34,7 @@ def check_nothing_new(pl_module: L.LightningModule) -> None:
     """Parameters that appeared after the injection are neither frozen nor saved as meant."""
     check_present(pl_module)
     injection, prefix, root = require(pl_module)
-    late = sorted({n for n, _ in root.named_parameters()} - set(injection.trained) - set(injection.frozen))
+    late = sorted({unwrapped(n) for n, _ in root.named_parameters()} - set(injection.trained) - set(injection.frozen))
     if late:
         names = ", ".join(prefix + n for n in late[:4])
         raise TrainingError(f"Parameters appeared after the adapters were injected: {names}. {_TOO_LATE}")
@@ -57,9 +42,11 @@ def check_nothing_new(pl_module: L.LightningModule) -> None:
 
 def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Everything that trains must be in some optimizer."""
+    if flattens(trainer):
+        return
     held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     wanted = set(trainable_names(pl_module))
-    lost = [n for n, p in pl_module.named_parameters() if n in wanted and id(p) not in held]
+    lost = [n for n, p in named_parameters(pl_module) if n in wanted and id(p) not in held]
     if lost and trainer.optimizers:
         raise TrainingError(
             f"{len(lost)} of {len(wanted)} trainable tensors are in no optimizer ({', '.join(lost[:3])}, …) and would"
@@ -73,6 +60,8 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 
 def check_rates(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """A method whose groups have learning rates in some ratio (LoRA+) must find that ratio in the optimizer."""
+    if flattens(trainer):
+        return
     rates = {
         id(p): float(group.get("initial_lr", group["lr"]))  # a warm-up may have set lr to 0 already
         for optimizer in trainer.optimizers

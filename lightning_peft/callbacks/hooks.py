@@ -12,17 +12,26 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
 from lightning_peft.callbacks.resuming import take_resume
+from lightning_peft.callbacks.strategies import filters_itself, loads_late
 from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
+from lightning_peft.fingerprint import difference
+from lightning_peft.hollow import settle_base, waits
+from lightning_peft.sharding import unwrapped
 from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
+from lightning_peft.verify import other_base, verify, verify_section
 
 _SAVE = "_peft_save"
 _LEFT_OUT = "_peft_left_out"
+_UNSEEN = "_peft_unseen"  # the section of a checkpoint that was loaded before the base
+_WAITING = "_peft_optimizers"  # a checkpoint whose optimizer states wait for the optimizers to be built
 
 
 def install(pl_module: L.LightningModule, save: str) -> None:
@@ -51,7 +60,8 @@ class _Hook:
 
 def _filter(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Keep only the adapter in the state dict; a full one holds the base as it is without the adapter."""
-    if find(module) is None:
+    trainer = module._trainer
+    if find(module) is None or (trainer is not None and filters_itself(trainer)):
         return
     if module.__dict__.get(_SAVE) == "full":
         _unmerged(module, state, prefix)
@@ -78,7 +88,7 @@ def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:
 
 
 def _tails(name: str) -> set[str]:
-    parts = name.split(".")
+    parts = unwrapped(name).split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
 
 
@@ -91,6 +101,7 @@ def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
     info = section(module) | {"save": save}
     if "optimizer_states" in checkpoint:
+        checkpoint["optimizer_states"] = by_position(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
     checkpoint[SECTION] = info
     for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, L.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
@@ -133,6 +144,7 @@ def _resume(module: L.LightningModule) -> dict[str, Any]:
         "strategy": type(trainer.strategy).__name__,
         "world_size": trainer.world_size,
         "methods": [m.resume_state(module) for m in methods],
+        "optimizers": optimizer_names(trainer, module),
     }
 
 
@@ -140,20 +152,49 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Compare a checkpoint with the module before its values are loaded, and make way for them."""
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
-    state, info = split(checkpoint, "The checkpoint")
-    _refuse_weights_only(module, checkpoint)
-    fit = fitting_whole if info.get("save") == "full" else fitting
-    fitted = fit(module, state, info, "The checkpoint")
+    loaded = SECTION in checkpoint and "state_dict" not in checkpoint  # DeepSpeed has loaded the weights itself
+    if loaded:
+        info, fitted = checkpoint[SECTION], {}
+        verify_section(info, "The checkpoint")
+        verify(module, info, "The checkpoint")
+    else:
+        state, info = split(checkpoint, "The checkpoint")
+        _refuse_weights_only(module, checkpoint)
+        fitted = (fitting_whole if info.get("save") == "full" else fitting)(module, state, info, "The checkpoint")
     if info.get("resume") and "optimizer_states" in checkpoint:
         take_resume(module, checkpoint, info["resume"])
-    checkpoint["state_dict"] = fitted
-    make_way(module, checkpoint["state_dict"])
+    if not loaded:
+        checkpoint["state_dict"] = fitted
+        make_way(module, fitted)
+        trainer = module._trainer
+        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING and not loads_late(trainer)
+        if fits and "optimizer_states" in checkpoint:
+            module.__dict__[_WAITING] = checkpoint
+    if waits(module):
+        module.__dict__[_UNSEEN] = info
 
 
 def _refuse_weights_only(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     trainer = module._trainer
-    if trainer is not None and trainer.state.fn == "fit" and "optimizer_states" not in checkpoint:
+    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    if fits and not loads_late(trainer) and "optimizer_states" not in checkpoint:
         raise CheckpointError(
             "The checkpoint holds weights only (save_weights_only=True), so training cannot go on from it. Start a new"
             " fit from its values with PEFT(init_from=PATH), without ckpt_path."
         )
+
+
+def check_base(module: L.LightningModule) -> None:
+    """Compare a base that was loaded late with that of the checkpoint."""
+    theirs = module.__dict__.pop(_UNSEEN, None)
+    if settle_base(module) and theirs is not None:
+        ours = require(module)[0].base
+        if reason := difference(ours, theirs["base"]):
+            raise CheckpointError(other_base("The checkpoint", theirs, ours, reason))
+
+
+def settle_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Bring the optimizer states of a checkpoint into the order of the optimizers that are there by now."""
+    checkpoint = module.__dict__.pop(_WAITING, None)
+    if checkpoint is not None:
+        fit_optimizers(trainer, module, checkpoint, "The checkpoint")

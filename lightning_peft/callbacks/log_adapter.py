@@ -9,8 +9,11 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
-from lightning_peft.callbacks.best import best_adapter
+from lightning_peft.callbacks.best import best_adapter, best_path
+from lightning_peft.callbacks.strategies import readable
 from lightning_peft.files import ADAPTER, write_adapter
 from lightning_peft.formats.card import card
 from lightning_peft.replacing import replacing
@@ -36,11 +39,16 @@ class LogAdapter(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapter as an artifact."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if trainer.fast_dev_run or not loggers:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                _log_artifact(logger, trainer, pl_module)
+        if not readable(trainer) and not Path(best_path(trainer) or "").is_file():
+            name = type(trainer.strategy).__name__
+            rank_zero_warn(f"LogAdapter logs no artifact: under {name} it takes the file of a monitored checkpoint.")
+            return
+        best = best_adapter(trainer, pl_module)  # a sharded model takes all processes
+        for logger in loggers if trainer.is_global_zero else ():
+            _log_artifact(logger, trainer, pl_module, *best)
 
 
 def record(pl_module: L.LightningModule) -> dict[str, Any]:
@@ -52,20 +60,28 @@ def record(pl_module: L.LightningModule) -> dict[str, Any]:
     return summary
 
 
-def _log_artifact(logger: WandbLogger, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+def _log_artifact(
+    logger: WandbLogger,
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    state: dict[str, Tensor],
+    info: dict[str, Any],
+    monitored: bool,
+) -> None:
     import wandb
 
     run = logger.experiment
     with tempfile.TemporaryDirectory() as folder:
-        monitored = write_folder(Path(folder), trainer, pl_module)
+        write_folder(Path(folder), trainer, pl_module, state, info)
         artifact = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=record(pl_module))
         artifact.add_dir(folder)
         run.log_artifact(artifact, aliases=["latest", "best" if monitored else "last"])
 
 
-def write_folder(folder: Path, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-    """The adapter and its card. Returns whether it comes from a checkpoint that monitors a metric."""
-    state, info, monitored = best_adapter(trainer, pl_module)
+def write_folder(
+    folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, state: dict[str, Tensor], info: dict[str, Any]
+) -> None:
+    """The adapter and its card."""
     write_adapter(folder / ADAPTER, state, info)
     data = getattr(getattr(trainer.datamodule, "hparams", None), "data", None)
     text = card(
@@ -73,7 +89,6 @@ def write_folder(folder: Path, trainer: L.Trainer, pl_module: L.LightningModule)
     )
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(text)
-    return monitored
 
 
 def _metrics(trainer: L.Trainer) -> dict[str, float]:

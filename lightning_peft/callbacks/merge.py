@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_peft.callbacks.best import best_path
 from lightning_peft.callbacks.peft import PEFT
+from lightning_peft.callbacks.strategies import loads_late, readable
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.export import float_base, save_merged
@@ -47,6 +48,7 @@ class MergeOnFitEnd(L.Callback):
         methods = _methods(trainer, pl_module)
         if stage == "fit" and methods is not None:
             self._check(methods)
+            self._check_strategy(trainer)
             if self.dirpath and Path(self.dirpath).is_file():
                 raise ConfigError(f"MergeOnFitEnd(dirpath={self.dirpath!r}): that is a file; give a folder.")
 
@@ -83,6 +85,16 @@ class MergeOnFitEnd(L.Callback):
             rank_zero_info(f"Best weights loaded from {near(path)}.")
         elif not trainer.fast_dev_run:
             rank_zero_info("MergeOnFitEnd: no checkpoint monitors a metric, so the last weights are used.")
+
+    def _check_strategy(self, trainer: L.Trainer) -> None:
+        split = loads_late(trainer) or not readable(trainer)
+        if split and (self.dirpath or not readable(trainer)):
+            what = "write the whole model" if self.dirpath else "merge"
+            raise MergeError(
+                f"MergeOnFitEnd cannot {what} under {type(trainer.strategy).__name__}: each process holds a part. Leave"
+                f" {'dirpath' if readable(trainer) else 'it'} out, and merge after the run: lightning-peft merge CKPT"
+                " DIR."
+            )
 
     def _check(self, methods: list[Method]) -> None:
         stuck = next((m for m in methods if not m.mergeable), None)

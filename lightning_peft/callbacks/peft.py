@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lightning_peft.callbacks.checkpoint_io import use_safe_files
 from lightning_peft.callbacks.checks import (
@@ -20,15 +19,28 @@ from lightning_peft.callbacks.checks import (
     check_optimizers,
     check_present,
     check_rates,
-    check_strategy,
     check_trainer,
 )
-from lightning_peft.callbacks.hooks import install
+from lightning_peft.callbacks.driving import add_loss_terms, change_gradients, step_taken
+from lightning_peft.callbacks.hooks import check_base, install, settle_optimizers
+from lightning_peft.callbacks.moving import Loader
+from lightning_peft.callbacks.strategies import (
+    check_methods,
+    check_sharding,
+    check_strategy,
+    check_trained,
+    explained,
+    loads_late,
+    prepare,
+    readable,
+    warn_of_children,
+)
 from lightning_peft.checkpoint import load_adapter, withdraw
 from lightning_peft.errors import ConfigError, PEFTError, TrainingError
+from lightning_peft.hollow import inject_hollow, is_hollow
 from lightning_peft.injection import as_methods, inject
 from lightning_peft.method import Method
-from lightning_peft.summary import describe
+from lightning_peft.summary import describe, keep_sizes
 from lightning_peft.switching import settle_flags, switch
 from lightning_peft.trainable import find, frozen_statistics, require
 
@@ -44,10 +56,12 @@ class PEFT(L.Callback):
         method: one method or a list. May be left out when ``init_from`` is given, or when the module injects itself.
         init_from: an adapter file, adapter folder or checkpoint to start from: its values, a fresh optimizer.
         save: ``trainable``, or ``full`` to keep the frozen weights in the checkpoints as well.
+        allow_untested: also run under strategies that PEFT is not tested with.
 
     Raises:
         NoMatchError: no target matches.
-        TrainingError: something that trains is in no optimizer, or a callback that copies the module comes first.
+        TrainingError: something that trains is in no optimizer, a callback that copies the module comes first, or the
+            strategy does not fit.
 
     >>> import lightning.pytorch as L
     >>> from lightning_peft import PEFT, LoRA
@@ -59,12 +73,15 @@ class PEFT(L.Callback):
         method: Method | Sequence[Method] | None = None,
         init_from: str | None = None,
         save: Literal["trainable", "full"] = "trainable",
+        allow_untested: bool = False,
     ) -> None:
         if save not in ("trainable", "full"):
             raise ConfigError(f"PEFT(save={save!r}): choose 'trainable' or 'full'.")
         self.methods = None if method is None else as_methods(method)
         self.init_from = init_from
         self.save = save
+        self.allow_untested = allow_untested
+        self._fresh = False  # injected by this callback in this process
         self._frozen: list[torch.nn.Module] = []
         self._steps_done = 0
         self._total_steps: int | None = None
@@ -73,10 +90,14 @@ class PEFT(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Inject now, or defer to the end of ``configure_model``."""
         check_trainer(trainer)
-        check_strategy(trainer)
+        check_strategy(trainer, self.allow_untested)
         use_safe_files(trainer)
         self._check_order(trainer, pl_module, stage)
+        prepare(trainer)
+        trainer.strategy.load_checkpoint = Loader(trainer, pl_module)  # type: ignore[method-assign]
         deferred = is_overridden("configure_model", pl_module)
+        if deferred and loads_late(trainer) and any(True for _ in pl_module.parameters()):
+            self.ensure(pl_module, stage)  # before configure_model shards what is there
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not deferred:
             # Lightning would do so a moment later: methods then see the layers that train
             trainer.precision_plugin.convert_module(pl_module)
@@ -95,10 +116,13 @@ class PEFT(L.Callback):
                 " adapter; the module has no adapters of its own."
             )
         if self.methods is not None:
-            inject(pl_module, self.methods)
+            (inject_hollow if fresh and is_hollow(pl_module) else inject)(pl_module, self.methods)
+        self._fresh |= fresh
         if fresh and self.init_from is not None:
             self._start_from(pl_module, self.init_from)
         install(pl_module, self.save)
+        if pl_module._trainer is not None and not readable(pl_module.trainer):
+            keep_sizes(pl_module)
         if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
             injection, _, root = require(pl_module)
             switch(injection, root, merged=False)
@@ -115,8 +139,11 @@ class PEFT(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what trains, and make sure that it does."""
         check_nothing_new(pl_module)
+        check_methods(trainer, pl_module)
+        check_sharding(trainer, pl_module)
         check_optimizers(trainer, pl_module)
         check_rates(trainer, pl_module)
+        settle_optimizers(trainer, pl_module)
         rank_zero_info(describe(pl_module))
         # a schedule that asked for the length of the run has built the loader before its state is restored, and
         # Lightning would not look at that state again: a mid-epoch resume would start the epoch over
@@ -124,6 +151,7 @@ class PEFT(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find frozen statistics; read the length of the run."""
+        check_base(pl_module)
         self._frozen = frozen_statistics(pl_module)
         self._steps_done = trainer.global_step
         total = trainer.estimated_stepping_batches
@@ -142,15 +170,11 @@ class PEFT(L.Callback):
 
         The terms depend on parameters alone, so they are the same on every rank and need no reduction.
         """
-        for method in require(pl_module)[0].methods:
-            term = method.regularizer(pl_module)
-            if term is not None:
-                _backward(term * _loss_factor(trainer, pl_module), pl_module)
+        add_loss_terms(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Let the methods change gradients: unscaled, complete over accumulation, not yet clipped."""
-        for method in require(pl_module)[0].methods:
-            method.transform_grads(pl_module)
+        change_gradients(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -159,25 +183,38 @@ class PEFT(L.Callback):
         if trainer.global_step == self._steps_done:
             return
         self._steps_done = trainer.global_step
-        for method in require(pl_module)[0].methods:
-            method.after_step(pl_module, self._steps_done, self._total_steps)
+        step_taken(pl_module, self._steps_done, self._total_steps)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where the result is, if not in this module."""
+        warn_of_children(trainer, self._fresh)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no patch behind."""
         _drop_pending(pl_module)
+        trainer.strategy.__dict__.pop("load_checkpoint", None)
         self._frozen = []
 
+    def _check_base(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_base(pl_module)
+
+    # after the module's own hooks, in which it may have loaded its base
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _check_base
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there."""
+        """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
+        check_trained(trainer, self._fresh and self.init_from is None)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there."""
+        """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
+        check_trained(trainer, self._fresh and self.init_from is None)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there."""
+        """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
+        check_trained(trainer, self._fresh and self.init_from is None)
 
     def _check_order(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Callbacks that deep-copy the module in their setup must come after the injection."""
@@ -202,8 +239,24 @@ def _configure_and_inject(self: L.LightningModule) -> None:
     """Stands in for ``configure_model`` until it has run once (no ``__wrapped__``: Lightning would look through it)."""
     callback, stage, _ = self.__dict__["_peft_pending"]
     _drop_pending(self)
-    self.configure_model()
+    self.__dict__["_peft_now"] = (callback, stage)
+    try:
+        with explained(self):
+            self.configure_model()
+    finally:
+        del self.__dict__["_peft_now"]
     callback.ensure(self, stage)
+
+
+def inject_now(pl_module: L.LightningModule) -> None:
+    """Inject what the Trainer's `PEFT` callback holds; for ``configure_model``, between building and sharding.
+
+    Does nothing where there is no Trainer, no such callback, or nothing left to inject.
+    """
+    pending = pl_module.__dict__.get("_peft_now")
+    if pending is not None:
+        callback, stage = pending
+        callback.ensure(pl_module, stage)
 
 
 def _drop_pending(pl_module: L.LightningModule) -> None:
@@ -213,20 +266,3 @@ def _drop_pending(pl_module: L.LightningModule) -> None:
     del pl_module.__dict__["configure_model"]
     if pending[2] is not None:  # the user's own patch
         pl_module.__dict__["configure_model"] = pending[2]
-
-
-def _backward(term: Tensor, pl_module: L.LightningModule) -> None:
-    parameters = [p for p in pl_module.parameters() if p.requires_grad]
-    for parameter, grad in zip(parameters, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
-        if grad is None:
-            continue
-        if parameter.grad is None:
-            parameter.grad = grad.to(parameter.dtype)
-        else:
-            parameter.grad.add_(grad)
-
-
-def _loss_factor(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    factor = scaler.get_scale() if scaler is not None else 1.0
-    return factor / trainer.accumulate_grad_batches if pl_module.automatic_optimization else factor

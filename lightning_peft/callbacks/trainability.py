@@ -7,10 +7,13 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_peft.callbacks.strategies import readable
 from lightning_peft.errors import TrainingError
 from lightning_peft.match import matcher
+from lightning_peft.sharding import named_parameters, whole
 from lightning_peft.trainable import adapted_modules, trainable_names
 
 _STEPS = 3  # LoRA's A has no gradient while B is zero: one step is not enough, two are
@@ -46,13 +49,17 @@ class TrainabilityCheck(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the values."""
         self._reset()
+        if not readable(trainer):
+            name = type(trainer.strategy).__name__
+            rank_zero_warn(f"TrainabilityCheck looks at nothing under {name}: each process holds parts of gradients.")
+            return
         wanted, tests = set(trainable_names(pl_module)), [matcher(p) for p in self.ignore]
         for pattern, test in zip(self.ignore, tests, strict=True):
             if not any(_hits(test, name) for name in wanted):
                 raise TrainingError(
                     f"TrainabilityCheck(ignore={pattern!r}) matches no trainable tensor, so it does nothing."
                 )
-        for name, parameter in pl_module.named_parameters():
+        for name, parameter in named_parameters(pl_module):
             if name in wanted and parameter.requires_grad and not any(_hits(t, name) for t in tests):
                 self._watched[name] = parameter
                 self._start[name] = _sums(parameter)
@@ -118,6 +125,7 @@ def _can_move(parameter: Tensor, group: dict[str, Any]) -> bool:
 def _kind(grad: Tensor | None) -> str:
     if grad is None:
         return "none"
+    grad = whole(grad)
     if not torch.isfinite(grad).all():
         return "broken"
     return "finite" if bool(grad.any()) else "zero"
@@ -126,6 +134,7 @@ def _kind(grad: Tensor | None) -> str:
 def _sums(parameter: Tensor) -> list[float]:
     """Two sums stand for the values: a copy of everything would double the memory of full fine-tuning."""
     with torch.no_grad():
+        parameter = whole(parameter)
         total, size = parameter.sum(dtype=torch.float64), parameter.norm(dtype=torch.float64)
     return [float(total), float(size)]
 

@@ -115,26 +115,6 @@ def test_two_callbacks_and_foreign_patches(tmp_path):
     assert calls and module.__dict__["configure_model"].__name__ == "<lambda>"
 
 
-def test_unsupported_strategies_are_refused(tmp_path):
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    class Sharded(Plain):
-        def configure_model(self):
-            pass
-
-    with pytest.raises(TrainingError, match="ModelParallelStrategy is not supported"):
-        run = trainer(tmp_path, PEFT(LoRA()))
-        run.strategy.__class__ = ModelParallelStrategy
-        PEFT(LoRA()).setup(run, Sharded(), "fit")
-
-
-def test_child_processes_are_announced(tmp_path):
-    run = trainer(tmp_path, PEFT(LoRA()), devices=2, strategy="ddp_fork")
-    run.strategy._configure_launcher()
-    with pytest.warns(UserWarning, match="the module in this process has no adapters"):
-        run.callbacks[0].setup(run, Plain(), "fit")
-
-
 def test_unloaded_modules_are_ordinary_again(tmp_path):
     for end in (unload, merge_and_unload):
         module, saver = Plain(), ModelCheckpoint(tmp_path / end.__name__)

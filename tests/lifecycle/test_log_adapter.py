@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_peft import IA3, PEFT, LogAdapter, LoRA, load_adapter, summarize
+from lightning_peft.callbacks.best import best_adapter
 from lightning_peft.callbacks.log_adapter import record, write_folder
 from tests.models import Foreign, bert, loader, logits, trainer
 
@@ -54,7 +55,9 @@ def test_folder_with_card(tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
     fitted = trainer(tmp_path, PEFT(LoRA(r=2)), best, max_epochs=2)
     fitted.fit(module, loader("bert"), loader("bert"))
-    assert write_folder(tmp_path / "adapter", fitted, module)
+    state, info, monitored = best_adapter(fitted, module)
+    assert monitored
+    write_folder(tmp_path / "adapter", fitted, module, state, info)
     model, again = bert(), bert()
     load_adapter(model, tmp_path / "adapter")
     load_adapter(again, best.best_model_path)

@@ -1,0 +1,63 @@
+"""The methods' optional parts, called at their moments; sharded adapters are whole meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from lightning_peft.adapted import Delta
+from lightning_peft.method import Method
+from lightning_peft.sharding import gathered
+from lightning_peft.trainable import require
+
+
+def add_loss_terms(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Add the gradients of loss terms to those of the loss."""
+    for method in _with(pl_module, "regularizer"):
+        with _whole(pl_module):
+            term = method.regularizer(pl_module)
+            if term is not None:
+                _backward(term * _loss_factor(trainer, pl_module), pl_module)
+
+
+def change_gradients(pl_module: L.LightningModule) -> None:
+    """Before an optimizer step."""
+    for method in _with(pl_module, "transform_grads"):
+        with _whole(pl_module):
+            method.transform_grads(pl_module)
+
+
+def step_taken(pl_module: L.LightningModule, step: int, total_steps: int | None) -> None:
+    """After an optimizer step."""
+    for method in _with(pl_module, "after_step"):
+        with _whole(pl_module):
+            method.after_step(pl_module, step, total_steps)
+
+
+def _with(pl_module: L.LightningModule, part: str) -> Iterator[Method]:
+    return (m for m in require(pl_module)[0].methods if getattr(type(m), part) is not getattr(Method, part))
+
+
+def _whole(pl_module: L.LightningModule) -> AbstractContextManager[None]:
+    return gathered(m for m in pl_module.modules() if isinstance(m, Delta))
+
+
+def _backward(term: Tensor, pl_module: L.LightningModule) -> None:
+    parameters = [p for p in pl_module.parameters() if p.requires_grad]
+    for parameter, grad in zip(parameters, torch.autograd.grad(term, parameters, allow_unused=True), strict=True):
+        if grad is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = grad.to(parameter.dtype)
+        else:
+            parameter.grad.add_(grad)
+
+
+def _loss_factor(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    factor = scaler.get_scale() if scaler is not None else 1.0
+    return factor / trainer.accumulate_grad_batches if pl_module.automatic_optimization else factor

@@ -1,0 +1,216 @@
+"""Which strategies are supported, what each needs set, and what must hold under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.callbacks.best import best_path
+from lightning_peft.errors import TrainingError
+from lightning_peft.method import Method
+from lightning_peft.sharding import named_parameters, sharded
+from lightning_peft.trainable import adapted_modules, require, state_names, trainable_names
+
+KNOWN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
+_BEFORE = (
+    "build the network in `__init__`, where PEFT adapts it before `configure_model` shards it, or call"
+    " lightning_peft.inject_now(self) in `configure_model` between building and `fully_shard`."
+)
+
+
+def check_strategy(trainer: L.Trainer, allow_untested: bool) -> None:
+    """Unknown strategies are better refused than wrong on some rank."""
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if not isinstance(strategy, KNOWN) and not allow_untested:
+        raise TrainingError(
+            f"{name} is not among the strategies that PEFT is tested with ({', '.join(k.__name__ for k in KNOWN)})."
+            " Use one of them, or try it with PEFT(..., allow_untested=True) and compare with a run on one device."
+        )
+    if isinstance(strategy, FSDPStrategy):
+        if strategy._state_dict_type != "full":
+            raise TrainingError(
+                f"{name}(state_dict_type={strategy._state_dict_type!r}) cannot load checkpoints that hold only the"
+                " adapter. Use FSDPStrategy(state_dict_type='full'), or ModelParallelStrategy, which writes shards."
+            )
+        if not strategy.kwargs.get("use_orig_params", True):
+            raise TrainingError(
+                f"{name}(use_orig_params=False) flattens frozen and trained parameters into one. Leave it at True."
+            )
+
+
+def prepare(trainer: L.Trainer) -> None:
+    """Settings that keep a strategy's own checkpoints small."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        trainer.strategy.exclude_frozen_parameters = True  # it writes the weights itself, past the module's hooks
+
+
+def filters_itself(trainer: L.Trainer) -> bool:
+    """Whether a state dict must be left whole until it is saved: FSDP counts the entries."""
+    return isinstance(trainer.strategy, FSDPStrategy)
+
+
+def loads_late(trainer: L.Trainer) -> bool:
+    """Whether checkpoints are loaded into the sharded model, weights and optimizer at once."""
+    return isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def flattens(trainer: L.Trainer) -> bool:
+    """Whether optimizers hold other parameters than the module."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
+def check_methods(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Methods that look at adapters between steps need to see them whole."""
+    parts = ("regularizer", "transform_grads", "after_step")
+    for method in require(pl_module)[0].methods if not readable(trainer) else ():
+        own = [p for p in parts if getattr(type(method), p) is not getattr(Method, p)]
+        if own:
+            raise TrainingError(
+                f"{type(method).__name__} works on whole adapters between steps ({', '.join(own)}), and"
+                f" {type(trainer.strategy).__name__} keeps flattened parts of them. Use ModelParallelStrategy or 'ddp'."
+            )
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        parameters = dict(pl_module.named_parameters())
+        frozen = [n for n in state_names(pl_module) if n in parameters]
+        if frozen:
+            raise TrainingError(
+                f"The adapter has frozen tensors ({frozen[0]}, …), and DeepSpeed leaves those out of its checkpoints."
+                " Use ModelParallelStrategy or 'ddp'."
+            )
+
+
+def readable(trainer: L.Trainer) -> bool:
+    """Whether each parameter of the module can be read, whole or as a DTensor, during and after a fit."""
+    return not isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy))
+
+
+def in_children(trainer: L.Trainer) -> bool:
+    """Whether training goes on in child processes and the module of the parent stays as it was."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Under `ModelParallelStrategy` everything that trains is sharded."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    _check_tensor_parallel(strategy, pl_module)
+    wanted = set(trainable_names(pl_module))
+    plain = [n for n, p in named_parameters(pl_module) if n in wanted and not sharded(p)]
+    if plain and strategy.device_mesh["data_parallel"].size() > 1:
+        raise TrainingError(
+            f"{len(plain)} of {len(wanted)} trained tensors are not sharded ({', '.join(plain[:3])}, …), so their"
+            f" gradients would not be averaged. Shard after the injection: {_BEFORE}"
+        )
+
+
+def _check_tensor_parallel(strategy: ModelParallelStrategy, pl_module: L.LightningModule) -> None:
+    for name, module in adapted_modules(pl_module):
+        for parameter in module.base.parameters():
+            mesh = parameter.device_mesh if sharded(parameter) else None
+            if mesh is not None and "tensor_parallel" in (mesh.mesh_dim_names or ()):
+                raise TrainingError(
+                    f"{name} is split by tensor parallelism, and its adapter is not. Use"
+                    f" ModelParallelStrategy(data_parallel_size={strategy.world_size}, tensor_parallel_size=1), or"
+                    " leave the split layers out with exclude_modules."
+                )
+
+
+@contextmanager
+def explained(pl_module: L.LightningModule) -> Iterator[None]:
+    """Say what it means if sharding in ``configure_model`` fails over a tensor that several layers use."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        names = [n for n, m in pl_module.named_modules(remove_duplicate=False) if isinstance(m, Delta)]
+        owners = {n: id(pl_module.get_submodule(n)) for n in names}
+        shared = [n for n in names if list(owners.values()).count(owners[n]) > 1]
+        if not shared:
+            raise
+        raise TrainingError(
+            f"`configure_model` failed ({error}). The adapters of several layers share {shared[0]}, which cannot be"
+            " sharded with one layer and used in another: call `fully_shard` on the network alone, not on its layers."
+        ) from error
+
+
+def warn_of_children(trainer: L.Trainer, fresh: bool) -> None:
+    """Say where the result is: the module in the parent process has no adapters."""
+    if not (in_children(trainer) and fresh) or trainer.fast_dev_run:
+        return
+    saved = [c.last_model_path or c.best_model_path for c in trainer.checkpoint_callbacks if _saves(c)]
+    path = best_path(trainer) or next((p for p in saved if p), None)
+    where = "the module in the parent process has no adapters"
+    if path:
+        rank_zero_warn(f"Trained in child processes: {where}. Load them: lightning_peft.load_adapter(module, {path!r})")
+    else:
+        rank_zero_warn(
+            f"Trained in child processes: {where}, and no checkpoint was written, so the result is lost. Add"
+            " ModelCheckpoint() to the callbacks, or use strategy='ddp'."
+        )
+
+
+def check_trained(trainer: L.Trainer, fresh: bool) -> None:
+    """Fresh adapters in child processes, after a fit in others, are not those that were trained."""
+    launcher = trainer.strategy.launcher
+    if in_children(trainer) and fresh and getattr(launcher, "_already_fit", False) and not trainer.ckpt_path:
+        raise TrainingError(
+            "The fit went on in child processes, so the adapters here are fresh ones, not those that were trained."
+            " Give the checkpoint: ckpt_path='best' or its path; or load_adapter(module, path) first."
+        )
+
+
+def _saves(callback: object) -> bool:
+    return isinstance(callback, ModelCheckpoint)
+
+
+def wrapped(module: Adapted) -> bool:
+    """Whether FSDP may wrap an adapter's tensors by themselves: its code calls ``delta`` and reads nothing in it."""
+    from lightning_peft.bottleneck.wrappers import AdapterWrapper, Bottleneck
+    from lightning_peft.lowrank import LowRank, LowRankConv1D, LowRankEmbedding, LowRankLinear
+
+    low = type(module) in (LowRankLinear, LowRankConv1D, LowRankEmbedding) and not module.read
+    return (low and type(module.delta) is LowRank) or (
+        isinstance(module, AdapterWrapper) and type(module.delta) is Bottleneck
+    )
+
+
+class FSDPWrapPolicy:
+    """A wrap policy for `FSDPStrategy` that keeps frozen blocks and adapters in units of their own.
+
+    One flat parameter with a frozen block and its adapters in it takes the gradient memory of the whole block. Adapters
+    whose tensors are read from outside (attention prefixes, convolutions) stay with their block.
+
+    Args:
+        blocks: classes to wrap, the layers of the network: ``{BertLayer}``.
+
+    >>> from torch import nn
+    >>> from lightning.pytorch.strategies import FSDPStrategy
+    >>> from lightning_peft import FSDPWrapPolicy
+    >>> strategy = FSDPStrategy(auto_wrap_policy=FSDPWrapPolicy({nn.TransformerEncoderLayer}), state_dict_type="full")
+    """
+
+    def __init__(self, blocks: set[type]) -> None:
+        self.blocks = tuple(blocks)
+        self._apart: set[int] = set()
+
+    def __call__(self, module: object, recurse: bool, nonwrapped_numel: int) -> bool:
+        """As torch asks: whether to look inside ``module``, or to wrap it."""
+        if recurse:
+            if isinstance(module, Adapted) and wrapped(module):
+                self._apart.add(id(module.delta))
+            return True
+        return isinstance(module, self.blocks) or id(module) in self._apart
