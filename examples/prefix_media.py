@@ -95,9 +95,9 @@ def transfer(build, task: str, first: L.LightningDataModule, second: L.Lightning
     base.load_state_dict(network.state_dict())
     base.classifier = nn.Linear(base.classifier.in_features, len(second.label_names))
     base.config.id2label = dict(enumerate(second.label_names))
-    found["others, head alone"] = accuracy(copy.deepcopy(base), task, second, None, 5e-3, 8)
+    found["others, head alone"] = accuracy(copy.deepcopy(base), task, second, None, 1e-2, 20)
     method = PrefixTuning(num_virtual_tokens=10, modules_to_save="classifier")
-    found["others, prefix and head"] = accuracy(base, task, second, method, 5e-3, 8)
+    found["others, prefix and head"] = accuracy(base, task, second, method, 1e-2, 20)
     return found
 
 
