@@ -226,7 +226,8 @@ def test_names_like_ours(tmp_path):
     net, path = Named(), tmp_path / "a.safetensors"
     inject(net, LoRA(r=2, rank_pattern={"net.base.0": 3}, target_modules="net.base.0", modules_to_save="delta"))
     wrapped = net.net["base"][0]
-    wrapped.delta.lora_B.data.normal_(), net.delta.weight.data.add_(1)
+    wrapped.delta.lora_B.data.normal_()
+    net.delta.weight.data.add_(1)
     save_adapter(net, path)
     again = Named()
     load_adapter(again, combine([path, path], [0.5, 1.0]))

@@ -157,7 +157,9 @@ def test_manual_optimization(before, tmp_path):
     """Importance comes from the gradients of the step: dropped right after it, nothing could be measured."""
 
     class Manual(Foreign):
-        automatic_optimization = False
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
 
         def training_step(self, batch, index):
             optimizer = self.optimizers()
