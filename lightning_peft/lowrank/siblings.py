@@ -57,7 +57,7 @@ def fits(layer: Any, x: Tensor) -> bool:
     if not layer.active or type(base) is not nn.Linear or (delta.dropout and delta.training):
         return False
     weight, bias = base._parameters["weight"], base._parameters["bias"]
-    A, B = delta._parameters["lora_A"], delta._parameters["lora_B"]
+    A, B = delta._parameters.get("lora_A"), delta._parameters.get("lora_B")  # not there: a wrapper around it (FSDP)
     return (
         type(weight) is nn.Parameter
         and type(A) is type(B) is nn.Parameter
