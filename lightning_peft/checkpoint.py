@@ -144,11 +144,16 @@ def load_adapter(model: nn.Module, path: Source) -> None:
         raise
 
 
-def fitting(model: nn.Module, state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """The tensors of a file under the names they have in ``model``, after all comparisons."""
+def fitting(
+    model: nn.Module, state: Mapping[str, Tensor], info: Mapping[str, Any], where: str, *, hollow: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of a file under the names they have in ``model``, after all comparisons.
+
+    ``hollow``: they stand for shapes alone, on the meta device.
+    """
     verify_section(info, where)
     verify(model, info, where)
-    verify_keys(state, info, where)
+    verify_keys(state, info, where, hollow=hollow)
     state = reroot(state, info, model)
     if info.get("save") == "full":
         known = set(adapter_names(model)) | set(required_names(model))

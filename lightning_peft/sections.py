@@ -49,19 +49,22 @@ def verify_section(info: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(f"{where}: its {SECTION!r} section is damaged ({parts}).")
 
 
-def verify_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> None:
-    """Raise unless a file holds the tensors that its own section lists, and no others."""
+def verify_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str, *, hollow: bool = False) -> None:
+    """Raise unless a file holds the tensors that its own section lists, and no others.
+
+    ``hollow``: the tensors stand for shapes alone, on the meta device.
+    """
     missing, extra = set(info["keys"]) - set(state), set(state) - set(info["keys"])
     if missing or (extra and info.get("save") != "full"):
         raise CheckpointError(misfit(where, missing, extra))
-    odd = [n for n in info["keys"] if not _plain(state[n])]
+    odd = [n for n in info["keys"] if not _plain(state[n], hollow)]
     if odd:
         raise CheckpointError(f"{where}: {some(odd)} should be plain tensors and are {type(state[odd[0]]).__name__}.")
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: Any, hollow: bool) -> bool:
     """Whether this is a tensor with as many bytes as it has elements; a view may declare any number of them."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or (value.is_meta and not hollow):
         return False
     ordinary = type(value) in (Tensor, torch.nn.Parameter)
     return not ordinary or value.numel() * value.element_size() <= value.untyped_storage().nbytes()

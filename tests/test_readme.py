@@ -35,15 +35,18 @@ def test_python_snippets_run_in_order(root, tmp_path, monkeypatch):
 def test_commands_parse(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks(root, "bash") for line in block.splitlines()]
-    ours = [shlex.split(line)[1:] for line in lines if line.startswith("lightning-peft")]
-    assert len(ours) == 5
+    ours = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("lightning-peft")]
+    assert len(ours) == 9
     for words in ours:
         if words[0] == "methods":
             assert main(words) == 0
         elif words[0] == "fit":
             assert main([*words, "--print_config"]) == 0, capsys.readouterr().err
+        elif words[0] == "compare":  # understood up to the last word
+            assert main([*words, "--budget", "none"]) == 2 and "--budget none: " in capsys.readouterr().err
         else:  # the checkpoint is not there: the command is understood, and says so
-            assert main([*words, "--config", "quickstart.yaml"]) == 2
+            config = ["--config", "quickstart.yaml"] if words[0] in ("test", "predict") else []
+            assert main([*words, *config]) == 2
             assert "best.ckpt does not exist" in capsys.readouterr().err
 
 

@@ -152,6 +152,8 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Compare a checkpoint with the module before its values are loaded, and make way for them."""
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
+    trainer = module._trainer
+    late = trainer is not None and loads_late(trainer)
     loaded = SECTION in checkpoint and "state_dict" not in checkpoint  # DeepSpeed has loaded the weights itself
     if loaded:
         info, fitted = checkpoint[SECTION], {}
@@ -160,14 +162,16 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     else:
         state, info = split(checkpoint, "The checkpoint")
         _refuse_weights_only(module, checkpoint)
-        fitted = (fitting_whole if info.get("save") == "full" else fitting)(module, state, info, "The checkpoint")
+        if info.get("save") == "full":
+            fitted = fitting_whole(module, state, info, "The checkpoint")
+        else:
+            fitted = fitting(module, state, info, "The checkpoint", hollow=late)
     if info.get("resume") and "optimizer_states" in checkpoint:
         take_resume(module, checkpoint, info["resume"])
     if not loaded:
         checkpoint["state_dict"] = fitted
         make_way(module, fitted)
-        trainer = module._trainer
-        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING and not loads_late(trainer)
+        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING and not late
         if fits and "optimizer_states" in checkpoint:
             module.__dict__[_WAITING] = checkpoint
     if waits(module):

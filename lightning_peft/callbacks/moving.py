@@ -146,7 +146,7 @@ class Loader:
         state, info = split(content, where)
         if self.trainer.state.fn == TrainerFn.FITTING:
             settle_base(self.module)  # a base loaded in on_fit_start
-        fitted = fitting(self.module, state, info, where)
+        fitted = fitting(self.module, state, info, where, hollow=folder)
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if fits and not (info.get("resume") or {}).get("optimizers"):
             raise CheckpointError(f"{where} holds weights and no optimizer state, so it cannot be resumed. {_ANEW}")

@@ -154,7 +154,7 @@ def _type(text: str) -> str:
     >>> _type("<class 'float'>, <class 'NoneType'>"), _type("typing.Literal['a', 'b'], typing.Literal['b', 1]")
     ('float or nothing', 'one of a, b, 1')
     >>> _type("<class 'x.Method'>, list[x.Method]")
-    'Method or list of Method'
+    'Method or list[Method]'
     """
     text = text.replace("collections.abc.", "").replace("typing.", "")
     choices = re.findall(r"Literal\[([^\]]+)\]", text)

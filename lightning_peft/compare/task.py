@@ -161,7 +161,9 @@ class ComparedTask:
             config.model.init_args.model_kwargs = {**options, **(self.model_options.get("model_kwargs") or {})}
         if isinstance(self.data, SplitDataModule):
             self.data.seed = seed  # the rows are split: from here on it orders batches only
-        return self._bare(config, seed, None if options else self._base)
+        module = self._bare(config, seed, None if options else self._base)
+        module.hparams["lr"] = rate  # LightningCLI hands every module it builds the hyper-parameters it parsed itself
+        return module
 
     def batch(self) -> Any:
         """The first training batch of the first order: with `TextDataModule`, the one with the longest row."""

@@ -149,8 +149,6 @@ def _check_layer(name: str, module: Adapted) -> None:
         reason = f"peft splits a convolution with groups={base.groups} in another way and cannot merge it"
     elif isinstance(module, LowRankConv) and (set(base.dilation) != {1} or base.padding_mode != "zeros"):
         reason = f"peft ignores dilation={base.dilation} and padding_mode={base.padding_mode!r} of a convolution"
-    elif isinstance(module, LowRankEmbedding) and base.max_norm is not None:
-        reason = "peft renormalises the factors of an embedding with max_norm"
     if reason:
         raise PEFTError(
             f"{name!r} ({type(base).__name__}) cannot be exported to peft: {reason}. save_merged(model, folder) writes"

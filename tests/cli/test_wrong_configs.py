@@ -114,7 +114,7 @@ FLAGS = [
     ("--data.max_length 1", "max_length=1: give at least 2."),
     ("--data.test_size 32", "test_size=32 of 32 rows leaves nothing to train on; give a fraction or a smaller count."),
     ("--data.tokenizer /nope", "tokenizer='/nope' cannot be loaded: "),
-    ("--data.template {nocolumn}", "no column 'nocolumn' (template='{nocolumn}'). Columns: text, label."),
+    ("--data.template {nocolumn}", "no column 'nocolumn' (template='nocolumn'). Columns: text, label."),
     ("--data.template {text", "template='{text': expected '}' before end of string."),
     ("--data.template plain", "template='plain' names no column; write for example '{text}'."),
     ("--data.task summarise", "data.task: expected one of sequence-classification, regression, "),

@@ -126,6 +126,8 @@ def test_a_comparison(folder, trained, monkeypatch, capsys):
     assert set(found) == {"LoRA", "BitFit", "VeRA(r=8)"}
     lora = [r["record"] for r in good if r["key"]["label"] == "LoRA"]
     tested = [r["test"]["accuracy"] for r in lora if "test" in r]
+    slow, fast = sorted((r for r in lora if r["seed"] == 7), key=lambda r: r["rate"])
+    assert slow["losses"][0] == fast["losses"][0] and slow["losses"][-1] != fast["losses"][-1]  # the rate is in force
     assert float(found["LoRA"]["mean"]) == pytest.approx(sum(tested) / 2) and found["LoRA"]["seeds"] == "2"
     assert float(found["LoRA"]["lr"]) == best([r for r in lora if r["seed"] == 7], "accuracy")["rate"]
     assert int(found["LoRA"]["file_bytes"]) > 4 * int(found["LoRA"]["trainable"]) > 0
@@ -174,7 +176,7 @@ WRONG = [
     (["--budget", "soon"], "--budget soon: give a number of optimizer steps"),
     (["--seeds", "0"], "'0' is no number above 0"),
     (["--budgte", "3"], "--budgte"),
-    (["--config", "nope.yaml"], "nope.yaml does not exist"),
+    (["--config", "nope.yaml"], "nope.yaml: there is no such file"),
     (["--data.data", "nope.csv"], "nope.csv"),
     (["--trainer.devices", "2"], "compare runs on one device"),
     (["--data.val_size", "0"], "set data.val_size"),

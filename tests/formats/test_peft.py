@@ -419,7 +419,6 @@ def test_placeholders_in_use_are_refused(tmp_path):
         (nn.Conv2d(4, 6, 3, dilation=2), LoRA(), r"peft ignores dilation=\(2, 2\)"),
         (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), LoRA(), "padding_mode='circular'"),
         (nn.Conv2d(4, 6, 3, groups=2), LoRA(), "groups=2 in another way"),
-        (nn.Embedding(5, 4, max_norm=1.0), LoRA(), "embedding with max_norm"),
         (nn.MultiheadAttention(8, 2), LoRA(), r"out_proj twice; train with exclude_modules='re:.\*out_proj'"),
         (nn.MultiheadAttention(8, 2, kdim=4, vdim=4), LoRA(exclude_modules="out_proj"), "have one width"),
         (nn.MultiheadAttention(8, 2), DoRA(exclude_modules="out_proj"), "no DoRA for nn.MultiheadAttention"),
