@@ -210,7 +210,7 @@ class TaskModule(L.LightningModule):
         """
         loss, count = self._step(batch, "train")
         if (rate := self.speed.step()) is not None:
-            self.log("train_tokens_per_second", rate, prog_bar=True, batch_size=1)
+            self.log("train_tokens_per_second", rate, batch_size=1)
         self.log("train_loss", loss, prog_bar=True, batch_size=count)
         self.log("train_loss_epoch", loss, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)
         return loss

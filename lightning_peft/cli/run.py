@@ -174,10 +174,11 @@ class PEFTCLI(LightningCLI):
     def show_result(self, seconds: float) -> None:
         """The end of a fit."""
         metrics: dict[str, float] = {}
+        speed = self.trainer.callback_metrics.get("train_tokens_per_second")
         if self._get(self.config_init, "test_after_fit"):
             results = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             metrics = {k: v for row in results for k, v in row.items()}
-        finish(self.trainer, self.model, metrics, seconds)
+        finish(self.trainer, self.model, metrics, seconds, None if speed is None else float(speed))
 
 
 def run(words: list[str]) -> PEFTCLI:

@@ -14,7 +14,9 @@ from lightning_peft.files import near, write_adapter
 from lightning_peft.summary import size, summarize
 
 
-def finish(trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, float], seconds: float) -> None:
+def finish(
+    trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, float], seconds: float, speed: float | None
+) -> None:
     """Write the adapter file beside the checkpoints and print the screen (rank zero)."""
     if not trainer.is_global_zero:
         return
@@ -29,6 +31,7 @@ def finish(trainer: L.Trainer, model: L.LightningModule, metrics: dict[str, floa
     console.print(
         f"\n[bold]{names}[/]: {summary['trainable']:,} of {summary['total']:,} parameters trained"
         f" ({summary['percent']:.2f} %), {trainer.global_step} steps in {minutes} min {rest:02d} s"
+        + (f", {speed:,.0f} tokens/s" if speed else "")
     )
     for name, value in sorted(metrics.items()):
         console.print(f"  {name:<14} [bold]{value:.4f}[/]")
