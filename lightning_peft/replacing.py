@@ -62,7 +62,8 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         temporary, lock = _start(target, folder=True)
         try:
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
+            for path in (temporary, *temporary.rglob("*")):  # safetensors writes files for the owner alone
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
             _move_in(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
