@@ -12,6 +12,7 @@ _WARNINGS = (
     r".*LightningCLI's args parameter.*",
     r".*in eval mode at the start of training.*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*The dirpath has changed from .*",
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*You have overridden `on_before_batch_transfer`.*",
 )
