@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lightning_peft.callbacks.strategies import loads_late
 from lightning_peft.errors import CheckpointError
 from lightning_peft.trainable import require, trainable_names
 
@@ -28,10 +29,11 @@ def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume
     for key in ("optimizer_states", "lr_schedulers"):
         if key not in broken and not all(isinstance(entry, dict) for entry in checkpoint.get(key, [])):
             broken.append(key)
-    named = dict(module.named_parameters())
-    shapes = {named[n].shape for n in trainable_names(module)}
-    if "optimizer_states" not in broken and not _fitting(checkpoint["optimizer_states"], shapes):
-        broken.append("optimizer_states")
+    late = module._trainer is not None and loads_late(module._trainer)  # sharded states are compared as they load
+    if not late and "optimizer_states" not in broken:
+        named = dict(module.named_parameters())
+        shapes = {named[n].shape for n in trainable_names(module)}
+        broken += [] if _fitting(checkpoint["optimizer_states"], shapes) else ["optimizer_states"]
     if broken:
         raise CheckpointError(_damaged(", ".join(broken)))
     try:

@@ -37,7 +37,7 @@ from tests.distributed.run import rows, run
 from tests.lifecycle.test_optional_parts import Sgd
 from tests.models import MODELS, plain_loader
 
-OUT = Path(sys.argv[1])
+OUT = Path(next(iter(sys.argv[1:]), "."))  # none where doctests are looked for
 
 
 def refused(kind: type[PEFTError], words: str, act) -> None:
