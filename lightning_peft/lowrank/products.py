@@ -17,6 +17,8 @@ from torch.autograd import Function
 
 from lightning_peft.lowrank.inputs import Source, source
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 class First(Function):
     """The first layer that reads an input, or the only one."""
@@ -30,7 +32,7 @@ class First(Function):
         weight, bias, scaling = fixed
         rows = x.reshape(-1, x.shape[-1])
         low = (_stack(As, x.dtype) @ rows.t()).mul_(scaling)
-        mine, *others = low.split([len(A) for A in As]) if len(As) > 1 else [low]
+        mine, *others = torch.split_with_sizes(low, [A.shape[0] for A in As]) if len(As) > 1 else [low]
         y = _corrected(rows, x.shape, weight, bias, mine, B)
         found = found or Source(())
         ctx.save_for_backward(weight, B, mine, *As, *(t for kind in found for t in kind))
@@ -51,7 +53,7 @@ class First(Function):
         again = torch.is_grad_enabled()
         x = _connected(found, weight.dtype) if again else None
         if x is not None:
-            low = (As[0].to(x.dtype) @ x.t()) * ctx.scaling
+            low = (_as(As[0], x.dtype) @ x.t()) * ctx.scaling
         needs_x, needs_B, needs_A = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
         dlow = dB = None
         if dy is not None:
@@ -68,7 +70,7 @@ class First(Function):
                 dx = _grown(dx, g.t(), A, ctx.scaling)
             if any(needs_A):
                 dA = found.gradient(g, A, ctx.scaling) if x is None else (g @ x) * ctx.scaling
-                for (i, _), part in zip(there, dA.split([len(A) for A in stack]), strict=True):
+                for (i, _), part in zip(there, torch.split_with_sizes(dA, [A.shape[0] for A in stack]), strict=True):
                     dAs[i] = part if needs_A[i] else None
         return (None if dx is None else dx.view(ctx.shape)), None, None, dB, *dAs
 
@@ -105,7 +107,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, B: Tenso
     """As `First.forward`; without autograd only y."""
     if not torch.is_grad_enabled():
         rows = x.reshape(-1, x.shape[-1])
-        low = (As[0].to(x.dtype) @ rows.t()).mul_(scaling)
+        low = (_as(As[0], x.dtype) @ rows.t()).mul_(scaling)
         return _corrected(rows, x.shape, weight, bias, low, B)
     found = source(x) if any(A.requires_grad for A in As) else None
     return First.apply(x, found, (weight, bias, scaling), B, *As)
@@ -114,17 +116,21 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, B: Tenso
 def _corrected(rows: Tensor, shape: torch.Size, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
     """``rows·Wᵀ + b + lowᵀ·Bᵀ`` in the shape of the layer's output."""
     y = F.linear(rows, weight, bias)  # nobody else holds it, so it may be written into
-    y.addmm_(low.t(), B.to(y.dtype).t())
-    return torch.ops.aten._unsafe_view(y, (*shape[:-1], len(weight)))  # a view could not be written into by its user
+    y.addmm_(low.t(), _as(B, y.dtype).t())
+    return _unsafe_view(y, (*shape[:-1], y.shape[1]))  # a view could not be written into by its user
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # `to` is a call into torch even for nothing
 
 
 def _stack(As: Any, dtype: torch.dtype) -> Tensor:
-    return (torch.cat(As) if len(As) > 1 else As[0]).to(dtype)
+    return _as(torch.cat(As) if len(As) > 1 else As[0], dtype)
 
 
 def _small(dy: Tensor, low: Tensor, B: Tensor, needs_B: bool) -> tuple[Tensor, Tensor | None]:
     """Gradients of ``low`` and of B."""
-    dlow = B.to(dy.dtype).t() @ dy.t()
+    dlow = _as(B, dy.dtype).t() @ dy.t()
     return dlow, (low @ dy).t() if needs_B else None
 
 
