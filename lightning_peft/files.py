@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.folders import is_folder, read_folder
+from lightning_peft.header import completed, shortened
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import locate as locate
@@ -35,10 +36,10 @@ def near(path: str | os.PathLike) -> str:
 def write_adapter(path: Path, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """One safetensors file; the section travels as JSON in its header, with a checksum over itself and the tensors."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    info = json.loads(json.dumps(dict(info)))  # as a reader will see it
+    info = json.loads(json.dumps(shortened(info, tensors)))  # as a reader will see it
     info["checksum"] = checksum(tensors, info)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", SECTION: json.dumps(info)})
+        save_file(tensors, temporary, metadata={"format": "pt", SECTION: json.dumps(info, separators=(",", ":"))})
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,7 +105,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is damaged: its content does not give the checksum written with it. Copy it again from its source,"
             " or save it again."
         )
-    return tensors, info
+    return tensors, completed(info, tensors)
 
 
 def checksum(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> str:

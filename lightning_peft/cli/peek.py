@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_peft.errors import CheckpointError
+from lightning_peft.header import completed
 from lightning_peft.paths import ADAPTER, SECTION
 
 _LONGEST = 100_000_000  # bytes of a safetensors header, as the format allows
@@ -87,7 +88,7 @@ def peek(place: Path) -> Peek:
 def _safetensors(path: Path) -> Peek:
     tensors, metadata = _header(path)
     section = json.loads(metadata[SECTION]) if SECTION in metadata else None
-    return Peek(path, tensors, section, {})
+    return Peek(path, tensors, completed(section, tensors) if isinstance(section, dict) else section, {})
 
 
 def _header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from lightning_peft.files import SECTION, checksum
+from lightning_peft.header import shortened
 
 Dice = random.Random
 NAMES = [
@@ -267,6 +269,8 @@ def write_safetensors(path: Path, state: dict, info: Any, dice: Dice) -> None:
     tensors = {n: t.contiguous().clone() for n, t in state.items()}
     if isinstance(info, dict):
         info.pop("checksum", None)
+        with contextlib.suppress(KeyError, TypeError):
+            info = shortened(info, tensors) if dice.random() < 0.5 else info
         if dice.random() < 0.5:
             info["checksum"] = checksum(tensors, info)
     text = json.dumps(info)
