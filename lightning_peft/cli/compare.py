@@ -17,7 +17,7 @@ from rich.console import Console
 from lightning_peft.cli.run import PEFTCLI, Parser, expand
 from lightning_peft.compare import plots, table
 from lightning_peft.compare.comparison import Comparison
-from lightning_peft.compare.plan import choose, read_budget
+from lightning_peft.compare.plan import choose, read_budget, read_rates
 from lightning_peft.compare.progress import Progress
 from lightning_peft.compare.results import Results
 from lightning_peft.compare.task import ComparedTask
@@ -62,7 +62,13 @@ def _arguments() -> _Arguments:
     add("--methods", nargs="+", metavar="METHOD", help="NAME or 'NAME(field=value)'; by default all that fit the task")
     add("--seeds", type=_positive, default=3, metavar="N", help="seeds of the chosen rate (3)")
     add("--budget", metavar="N", help="optimizer steps of each run (200), or epochs (3epochs); by default the config's")
-    add("--rates", type=_positive, default=3, metavar="K", help="learning rates to try; 1: the default alone (3)")
+    add(
+        "--rates",
+        nargs="+",
+        default=["3"],
+        metavar="K",
+        help="learning rates to try: how many (3), or which (1e-3 3e-3)",
+    )
     add("--validations", type=_positive, default=4, metavar="N", help="validations during a run, the end included (4)")
     add("--metric", help="what decides (accuracy for classes, mae for numbers, loss for text)")
     add("--out", type=Path, metavar="DIR", help="folder for everything (the config's default_root_dir + /compare)")
@@ -91,6 +97,7 @@ def compare(words: Sequence[str]) -> int:
     options, rest = _arguments().parse_known_args(list(words))
     if options.budget is not None:
         read_budget(options.budget)
+    rates = read_rates(options.rates)
     choose(options.methods)  # a wrong name is said before anything is loaded
     config = _parse(rest)
     given = [m for m in _given(config) if isinstance(m, Method)]
@@ -105,7 +112,7 @@ def compare(words: Sequence[str]) -> int:
         seeds, metric = list(range(first, first + options.seeds)), task.check_metric(options.metric or task.metric)
         task.group += f"-{steps}steps"
         progress, results = Progress(console), Results(out / "results")
-        settings = (steps, options.rates, options.validations, metric)
+        settings = (steps, rates, options.validations, metric)
         comparison = Comparison(task, candidates, seeds, *settings, results, progress)
         comparison.left_out.update(left_out)
         for name, reason in left_out.items():
@@ -147,7 +154,7 @@ def _write(console: Console, comparison: Comparison, out: Path) -> None:
         return
     c = comparison
     about = (
-        f"{c.steps} optimizer steps a run; the learning rate is the best of up to {c.rates} on validation {metric};"
+        f"{c.steps} optimizer steps a run; the learning rate is the best of {c.tried} on validation {metric};"
         f" test {metric}: mean ± standard deviation over {len(c.seeds)} seed{'s' if len(c.seeds) > 1 else ''}."
     )
     said = table.notes(outcomes, comparison.left_out, about)

@@ -48,7 +48,7 @@ class Comparison:
         candidates: the methods.
         seeds: the rates are tried with the first; the chosen one is trained and tested with all.
         steps: optimizer steps of every run.
-        rates: how many learning rates to try a method.
+        rates: how many learning rates to try a method, from its own range; or the rates.
         validations: how often a run validates.
         metric: decides between rates, and goes into the table.
         results: where finished runs are kept.
@@ -61,7 +61,7 @@ class Comparison:
         candidates: list[Candidate],
         seeds: list[int],
         steps: int,
-        rates: int,
+        rates: int | list[float],
         validations: int,
         metric: str,
         results: Results,
@@ -74,12 +74,18 @@ class Comparison:
         self._task_key = task.key()
         self.outcomes: list[Outcome] = []
 
+    @property
+    def tried(self) -> str:
+        """How many rates, or which."""
+        return ", ".join(map(short, self.rates)) if isinstance(self.rates, list) else f"up to {self.rates}"
+
     def run(self) -> list[Outcome]:
         """Do what is not done yet. Outcomes are in ``outcomes`` as far as they got, should this be interrupted."""
         fitting = [c for c in self.candidates if self._fits(c)]
         if not fitting:
             raise ConfigError(f"No method is left to compare: {'; '.join(self.left_out.values())}.")
-        plan = [(c, rate_grid(c.method, self.rates)) for c in fitting]
+        given = self.rates if isinstance(self.rates, list) else None
+        plan = [(c, given or rate_grid(c.method, self.rates)) for c in fitting]  # type: ignore[arg-type]
         total = sum(1 + len(grid) + len(self.seeds) - 1 for _, grid in plan)
         with self.progress.over(total, self.steps):
             for candidate, grid in plan:

@@ -128,6 +128,24 @@ def rate_grid(method: Method, count: int) -> list[float]:
     return sorted(rates)
 
 
+def read_rates(words: Sequence[str]) -> int | list[float]:
+    """How many learning rates, or which.
+
+    >>> read_rates(["3"]), read_rates(["3e-3", "1e-3"])
+    (3, [0.001, 0.003])
+    """
+    if len(words) == 1 and words[0].isdigit() and int(words[0]) > 0:
+        return int(words[0])
+    try:
+        rates = sorted({float(word) for word in words})
+    except ValueError:
+        rates = []
+    if not rates or not 0 < rates[0] <= rates[-1] < 1:
+        text = " ".join(words)
+        raise ConfigError(f"--rates {text}: give how many to try (3), or the rates, each below 1 (1e-3 3e-3).")
+    return rates
+
+
 def short(rate: float) -> str:
     """A rate as people write it.
 

@@ -156,8 +156,8 @@ def test_a_comparison(folder, trained, monkeypatch, capsys):
 
 def test_interrupted_equals_uninterrupted(folder, trained):
     """Values do not depend on where a comparison stopped."""
-    command = ["compare", "--config", "task.yaml", "--methods", "LoRA", "--budget", "1epoch", "--rates", "2"]
-    command += ["--seeds", "2", "--trainer.logger", "false"]
+    command = ["compare", "--config", "task.yaml", "--methods", "LoRA", "--budget", "1epoch"]
+    command += ["--rates", "1e-3", "3e-3", "--seeds", "2", "--trainer.logger", "false"]
     trained.stop_at = 2
     assert main([*command, "--out", "one"]) == 130
     assert main([*command, "--out", "one"]) == 0
@@ -165,6 +165,8 @@ def test_interrupted_equals_uninterrupted(folder, trained):
     names = ("lr", "mean", "std", "val_mean", "trainable", "kept_bytes", "file_bytes")
     one, two = table("one/comparison.csv"), table("two/comparison.csv")
     assert {n: one["LoRA"][n] for n in names} == {n: two["LoRA"][n] for n in names}
+    assert float(one["LoRA"]["lr"]) in (1e-3, 3e-3)
+    assert "the best of 1e-3, 3e-3 on validation" in Path("one/comparison.md").read_text()
 
 
 WRONG = [
@@ -175,6 +177,8 @@ WRONG = [
     (["--methods", "LoRA", "LoRA"], "LoRA is named twice"),
     (["--budget", "soon"], "--budget soon: give a number of optimizer steps"),
     (["--seeds", "0"], "'0' is no number above 0"),
+    (["--rates", "0"], "--rates 0: give how many to try (3), or the rates, each below 1"),
+    (["--rates", "1e-3", "fast"], "--rates 1e-3 fast: give how many"),
     (["--budgte", "3"], "--budgte"),
     (["--config", "nope.yaml"], "nope.yaml: there is no such file"),
     (["--data.data", "nope.csv"], "nope.csv"),
