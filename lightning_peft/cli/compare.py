@@ -62,13 +62,7 @@ def _arguments() -> _Arguments:
     add("--methods", nargs="+", metavar="METHOD", help="NAME or 'NAME(field=value)'; by default all that fit the task")
     add("--seeds", type=_positive, default=3, metavar="N", help="seeds of the chosen rate (3)")
     add("--budget", metavar="N", help="optimizer steps of each run (200), or epochs (3epochs); by default the config's")
-    add(
-        "--rates",
-        nargs="+",
-        default=["3"],
-        metavar="K",
-        help="learning rates to try: how many (3), or which (1e-3 3e-3)",
-    )
+    add("--rates", nargs="+", default=["3"], metavar="K", help="learning rates: how many (3), or which (1e-3 3e-3)")
     add("--validations", type=_positive, default=4, metavar="N", help="validations during a run, the end included (4)")
     add("--metric", help="what decides (accuracy for classes, mae for numbers, loss for text)")
     add("--out", type=Path, metavar="DIR", help="folder for everything (the config's default_root_dir + /compare)")
