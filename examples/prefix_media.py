@@ -4,8 +4,8 @@ looked at once.
 
     python examples/prefix_media.py [digits] [tones]
 
-Digits are scikit-learn's 8×8 images: 0 to 4, then 5 to 9. Sounds are tones in noise made here: six pitches, then six
-movements of the pitch (level, up, down, valley, hill, wave). Both models start from random weights.
+Digits are scikit-learn's 8×8 images: 0 to 4, then 5 to 9. Sounds are tones in noise made here: of six pitches, then of
+the six between, which last for a sixth of the recording. Both models start from random weights.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def digits(folder: Path, classes: range) -> ImageDataModule:
 
 
 def tones(folder: Path, classes: range) -> AudioDataModule:
-    """A tenth of a second of a tone in as much noise: of six pitches, or of six movements from any pitch."""
+    """A tenth of a second of noise, with a tone of one of twelve pitches: throughout, or in the upper half in short."""
     draw = np.random.default_rng(classes.start)
     place = folder / f"tones{classes.start}"
     for number in classes:
         (place / f"tone{number:02}").mkdir(parents=True)
         for i in range(90):
             time = np.linspace(0, 1, int(RATE * draw.uniform(0.08, 0.12)))
-            line, valley = 2 * time - 1, abs(4 * time - 2) - 1
-            moves = (0 * line, line, -line, valley, -valley, np.sin(4 * math.pi * time))
-            pitch = 2 * number + moves[0] if number < 6 else draw.uniform(4, 8) + 4 * moves[number - 6]
-            phase = np.cumsum(500 * 2 ** (pitch / 12)) / RATE + draw.random()
-            sound = 8000 * (np.sin(2 * math.pi * phase) + draw.normal(size=len(time)))
+            pitch = 2 * (number % 6) + number // 6
+            sound = np.sin(2 * math.pi * (500 * 2 ** (pitch / 12) * len(time) / RATE * time + draw.random()))
+            if number >= 6:
+                sound *= abs(time - draw.uniform(0.15, 0.85)) < 1 / 12
+            sound = 8000 * (sound + 0.5 * draw.normal(size=len(time)))
             with wave.open(str(place / f"tone{number:02}" / f"{i}.wav"), "wb") as file:
                 file.setparams((1, 2, RATE, 0, "NONE", "not compressed"))
                 file.writeframes(sound.clip(-32767, 32767).astype("<i2").tobytes())
@@ -87,7 +87,7 @@ def train(network: nn.Module, task: str, data: L.LightningDataModule, method, lr
     return float(validated), float(trainer.test(module, data, verbose=False)[0]["test_accuracy"])
 
 
-def transfer(build, task: str, first: L.LightningDataModule, second: L.LightningDataModule) -> dict[str, float]:
+def transfer(build, task: str, first, second, rates=(3e-3, 1e-2, 3e-2)) -> dict[str, float]:
     """Test accuracies of the first task, and of the second with a new head alone and with a prefix."""
     for data in (first, second):
         data.setup("fit")
@@ -100,20 +100,27 @@ def transfer(build, task: str, first: L.LightningDataModule, second: L.Lightning
     base.config.id2label = dict(enumerate(second.label_names))
     prefix = PrefixTuning(num_virtual_tokens=10, modules_to_save="classifier")
     for name, method in (("second, head alone", None), ("second, prefix and head", prefix)):
-        runs = [train(copy.deepcopy(base), task, second, method, lr, 30) for lr in (3e-3, 1e-2, 3e-2)]
+        runs = [train(copy.deepcopy(base), task, second, method, lr, 30) for lr in rates]
         found[name] = max(runs)[1]  # tuples: the best on validation
     return found
 
 
+#: the model, its data, its task, and how many classes each half has
+KINDS = {"digits": (vit, digits, "image-classification", 5), "tones": (wav2vec2, tones, "audio-classification", 6)}
+
+
+def compare(name: str, **options) -> dict[str, float]:
+    """What `transfer` finds for one kind."""
+    build, data, task, count = KINDS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        halves = [data(Path(folder), classes) for classes in (range(count), range(count, 2 * count))]
+        return transfer(build, task, *halves, **options)
+
+
 def main() -> None:
-    """Both models; prints what they reach."""
-    halves = {"digits": (range(5), range(5, 10)), "tones": (range(6), range(6, 12))}
-    kinds = {"digits": (vit, digits, "image-classification"), "tones": (wav2vec2, tones, "audio-classification")}
-    for name in sys.argv[1:] or kinds:
-        build, data, task = kinds[name]
-        with tempfile.TemporaryDirectory() as folder:
-            found = transfer(build, task, *(data(Path(folder), classes) for classes in halves[name]))
-        print(name, *(f"{what} {value:.3f}" for what, value in found.items()), sep="  ", flush=True)
+    """Prints what the models reach."""
+    for name in sys.argv[1:] or KINDS:
+        print(name, *(f"{what} {value:.3f}" for what, value in compare(name).items()), sep="  ", flush=True)
 
 
 if __name__ == "__main__":

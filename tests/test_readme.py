@@ -79,6 +79,15 @@ def test_plain_loop(root, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["digits", "tones"])
+def test_prefix_media(root, kind):
+    """On an image model and on a speech model a prefix adds to what a new head alone learns."""
+    found = example(root, "prefix_media").compare(kind, rates=[1e-2])
+    assert found["first task, full"] > 0.8
+    assert found["second, prefix and head"] > found["second, head alone"] + 0.04
+
+
+@pytest.mark.slow
 def test_own_module(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     live, reloaded = example(root, "own_module").main(str(tmp_path), epochs=1)
