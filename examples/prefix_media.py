@@ -43,7 +43,7 @@ def digits(folder: Path, classes: range) -> ImageDataModule:
 
 
 def tones(folder: Path, classes: range) -> AudioDataModule:
-    """A tenth of a second of noise, with a tone of one of twelve pitches: throughout, or in the upper half in short."""
+    """A tenth of a second of a tone in half as much noise: of six pitches, or, shorter, of the six between."""
     draw = np.random.default_rng(classes.start)
     place = folder / f"tones{classes.start}"
     for number in classes:
