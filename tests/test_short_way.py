@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_peft import LoRA, LoRAFA, inject, trainable_names
 from lightning_peft.lowrank import siblings
@@ -174,7 +174,7 @@ def test_hooks_that_change_what_is_saved_are_respected():
 
 
 def test_what_steps_aside():
-    """Hooks on the base, function transforms, autocast and compilation take the plain formula, with equal results."""
+    """Hooks on the base, function transforms and autocast take the plain formula, with equal results."""
     net, x = block(), torch.randn(3, 6, dtype=torch.float64)
     seen = []
     wanted = plainly(net)(x)
@@ -188,13 +188,94 @@ def test_what_steps_aside():
     for name, grad in by_name.items():
         torch.testing.assert_close(grad, net.get_parameter(name).grad)
     torch.testing.assert_close(each, wanted)
-    assert all(siblings.usual() for _ in range(2))
+    assert siblings.usual()
+    net, other = net.float(), plainly(net).float()
     with torch.autocast("cpu", torch.bfloat16):
-        net.float()(x.float()).float().sum().backward()
+        same([net(x.float())], [other(x.float())])
+    assert net.to("meta")(x.float().to("meta")).is_meta
+
+
+def test_values_written_between_siblings():
+    """After the first of them has multiplied the input by all their A."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for m in (copy.deepcopy(net), plainly(net)):
+        m[1].q_proj(x)
+        with torch.no_grad():
+            m[1].k_proj.delta.lora_A.copy_(torch.linspace(-1, 1, 12).view(2, 6))
+        found.append(m[1].k_proj(x))
+    same(found[:1], found[1:])
+
+
+def test_one_sibling_in_a_checkpoint():
+    """Its recomputation knows nothing of the others."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+
+    def call(m):
+        b, h = m[1], x * 1
+        out = b.q_proj(h).pow(2).sum() + checkpoint(b.k_proj, h, use_reentrant=False).pow(2).sum()
+        return torch.autograd.grad(out, [x, *b.q_proj.delta.parameters(), *b.k_proj.delta.parameters()])
+
+    same(call(net), call(plainly(net)))
+
+
+def test_nothing_waits_after_a_pass():
+    """Of a layer that was not called, or read another input, nothing stays; the latter is left out from then on."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    b = net[1]
+    for layer in (b.q_proj, b.k_proj, b.v_proj):  # each with a backward pass of its own
+        layer(x).sum().backward()
+        assert b.q_proj.siblings.waiting is None
+    h = x * 2
+    b.q_proj(h), b.k_proj(h), b.v_proj(x)
+    assert b.v_proj.siblings is None and b.v_proj not in b.q_proj.siblings.layers
+    b.q_proj(h), b.k_proj(h)
+    assert b.q_proj.siblings.waiting is None
+
+
+def test_changed_inputs_are_not_rebuilt():
+    """An input, or a part of it, that was written into behind autograd's back; casts that round more than the input."""
+    net, part = block(), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    layer, gain = net[1].down_proj, torch.rand(5, dtype=torch.float64)
+    for whole in (True, False):
+        h = part * 1
+        x = gain * h
+        with torch.no_grad():
+            (x if whole else h)[:, :2] = 0
+        found = [
+            torch.autograd.grad(m(given).pow(2).sum(), m.delta.lora_A)
+            for m, given in ((layer, x), (plainly(net)[1].down_proj, x.detach()))
+        ]
+        same(*found)
+    rounded = gain.float() * (part.float() * 1.1).to(torch.bfloat16)
+    assert rounded.dtype is torch.float32 and source(rounded).full[0] is rounded
+    normed = nn.LayerNorm(5).bfloat16()(part.bfloat16())
+    assert source(normed).full[0] is normed
+
+
+def test_other_bases_and_selective_checkpoints():
+    """A weight made at each call; a checkpoint that keeps the products, which may then not be written into."""
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    net = block(bias=True)
+    keep = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    options = {"use_reentrant": False, "context_fn": lambda: create_selective_checkpoint_contexts(keep)}
+    same(grads(net, x, lambda x: checkpoint(net, x, **options)), grads(plainly(net), x))
+    spectral = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(6, 6))).double().eval()
+    inject(spectral, LoRA(r=2, target_modules="0"))
+    same(grads(spectral, x), grads(plainly(spectral), x))
+
+
+def test_a_frozen_adapter_may_be_differentiated_twice():
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for m in (net.requires_grad_(False), plainly(net)):
+        (first,) = torch.autograd.grad(m(x).sin().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.pow(2).sum(), x))
+    same(*found)
 
 
 def test_copies_link_to_themselves():
-    """Copied and pickled models lead their own siblings; a swapped-in linear layer steps aside."""
+    """Copied and pickled models lead their own siblings."""
     net = block()
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         layers = other[1].q_proj.siblings.layers

@@ -77,30 +77,35 @@ class Source(NamedTuple):
 
 
 def source(x: Tensor) -> Source:
-    """The tensors that give x and that autograd keeps for other reasons; x itself where there are none."""
+    """The tensors that give x and that autograd keeps for other reasons; x itself where there are none.
+
+    x was written into if its version says so (``.data`` escapes that); then it is no longer what its history gives.
+    """
     node: Any = x.grad_fn
-    if node is None:
+    if node is None or x._version:
         return Source((x,))
     kind = node.name()
     if kind == "NativeLayerNormBackward0":
         return _normalised(node, x) or Source((x,))
-    factors = _factors(node, kind, 0) if kind == "MulBackward0" else None
+    factors = _factors(node, kind, x.dtype, 0) if kind == "MulBackward0" else None
     return _sorted(factors, x) or Source((x,)) if factors else Source((x,))
 
 
-def _factors(node: Any, kind: str, depth: int) -> list[Tensor] | None:
-    """The tensors whose product a node gave; casts in between are looked through."""
+def _factors(node: Any, kind: str, dtype: torch.dtype, depth: int) -> list[Tensor] | None:
+    """The tensors whose product a node gave; casts in between are looked through unless they round more than x."""
     if node is None or depth > _MOST:
         return None
     if kind == "ToCopyBackward0":
         before = node.next_functions[0][0]
-        return _factors(before, before.name(), depth + 1) if before is not None else None
+        if before is None or node._input_metadata[0].dtype not in (dtype, _wider(dtype)):
+            return None
+        return _factors(before, before.name(), dtype, depth + 1)
     if kind != "MulBackward0":
         return None
     found: list[Tensor] = []
     for place, (before, _) in enumerate(node.next_functions):
         value = kept(node, "other" if place else "self", before)
-        parts = [value] if value is not None else _factors(before, before.name() if before else "", depth + 1)
+        parts = [value] if value is not None else _factors(before, before.name() if before else "", dtype, depth + 1)
         if parts is None:
             return None
         found += parts
@@ -111,17 +116,24 @@ def kept(node: Any, name: str, before: Any) -> Tensor | None:
     """What a node keeps under a name, or None. Never runs an unpack hook: under checkpointing it would recompute.
 
     With hooks in force the value is taken only if it is the very tensor (it carries the history it must have, or is a
-    parameter), not something a hook put in its place.
+    parameter), not something a hook put in its place; without, autograd itself tells whether it was written into.
     """
     raw = getattr(node, f"_raw_saved_{name}")
     if not hasattr(raw, "data"):  # torch before 2.9
-        return None if _hooked() else getattr(node, f"_saved_{name}")
+        return None if _hooked() else _checked(node, name)
+    if raw.unpack_hook is None:
+        return _checked(node, name)
     value = raw.data
-    if not isinstance(value, Tensor):
-        return None
-    if raw.unpack_hook is None or type(value) is nn.Parameter:
+    if type(value) is nn.Parameter:
         return value
-    return value if before is not None and value.grad_fn is before else None
+    return value if isinstance(value, Tensor) and before is not None and value.grad_fn is before else None
+
+
+def _checked(node: Any, name: str) -> Tensor | None:
+    try:
+        return getattr(node, f"_saved_{name}")
+    except RuntimeError:  # written into since
+        return None
 
 
 def _hooked() -> bool:
@@ -159,5 +171,7 @@ def _normalised(node: Any, x: Tensor) -> Source | None:
     mean, scale = kept(node, "result1", node), kept(node, "result2", node)
     parts = (weight, shift, start, mean, scale)
     if any(p is None for p in parts) or start.shape != x.shape or weight.shape != x.shape[-1:]:
+        return None
+    if mean.dtype is torch.bfloat16:  # on the CPU statistics are rounded to the input's dtype
         return None
     return Source((start,), (scale,), (weight,), (mean,), (shift,))

@@ -9,6 +9,7 @@ of the input runs back along the chain, so that every product adds to one tensor
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,12 @@ class First(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, found: Source | None, fixed: tuple, B: Tensor, *As: Tensor) -> Any:
-        """x: (…, in); found: what x is made of; fixed: weight, bias, scaling; As: its own A, then the others'.
+        """x: (…, in); found: what x is made of; fixed: weight, bias, scaling, a weak reference to what is to be called
+        before the backward pass; As: its own A, then the others'.
 
         Returns y; with others also x for the next of them, (rows, in), and their parts of the product, (r, rows).
         """
-        weight, bias, scaling = fixed
+        weight, bias, scaling, ctx.over = fixed
         rows = x.reshape(-1, x.shape[-1])
         low = (_stack(As, x.dtype) @ rows.t()).mul_(scaling)
         mine, *others = torch.split_with_sizes(low, [A.shape[0] for A in As]) if len(As) > 1 else [low]
@@ -48,13 +50,15 @@ class First(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None = None, *dlows: Tensor | None) -> Any:
         """Gradients of x, B and every A."""
+        if ctx.over is not None and (end := ctx.over()) is not None:
+            end()
         weight, B, low, *rest = ctx.saved_tensors
         As, found = rest[: ctx.count], Source.of(rest[ctx.count :], ctx.sizes)
-        again = torch.is_grad_enabled()
+        needs_x, needs_B, needs_A = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
+        again = torch.is_grad_enabled() and (needs_B or any(needs_A))
         x = _connected(found, weight.dtype) if again else None
         if x is not None:
             low = (_as(As[0], x.dtype) @ x.t()) * ctx.scaling
-        needs_x, needs_B, needs_A = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
         dlow = dB = None
         if dy is not None:
             dy = dy.reshape(-1, dy.shape[-1])
@@ -103,14 +107,22 @@ class Next(Function):
         return (_grown(dx, dy, weight) if ctx.needs_input_grad[0] else None), dlow, None, dB, None
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, B: Tensor, As: list[Tensor]) -> Any:
+def run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    B: Tensor,
+    As: list[Tensor],
+    over: WeakMethod | None = None,
+) -> Any:
     """As `First.forward`; without autograd only y."""
     if not torch.is_grad_enabled():
         rows = x.reshape(-1, x.shape[-1])
         low = (_as(As[0], x.dtype) @ rows.t()).mul_(scaling)
         return _corrected(rows, x.shape, weight, bias, low, B)
     found = source(x) if any(A.requires_grad for A in As) else None
-    return First.apply(x, found, (weight, bias, scaling), B, *As)
+    return First.apply(x, found, (weight, bias, scaling, over), B, *As)
 
 
 def _corrected(rows: Tensor, shape: torch.Size, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:

@@ -1,9 +1,15 @@
-"""When a layer takes the short way of `products`, and which layers share one input."""
+"""When a layer takes the short way of `products`, and which layers share one input.
+
+Layers that share one are one node of the graph, so their gradients come in one backward pass: a loss of each that runs
+backward on its own needs ``retain_graph=True``.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +23,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 #: roles that read one input, and parts of names that say keys and values come from elsewhere
 _TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "up"}
 _CROSS = ("cross", "encoder_attn", "encdec", "multi_modal")
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)
 
 
 class Siblings:
@@ -29,12 +36,31 @@ class Siblings:
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "waiting": None}  # tensors inside a graph can be neither copied nor pickled
 
+    def end(self) -> None:
+        """Let go of what waits: its pass is over."""
+        self.waiting = None
+
+    def leave(self, layer: Any) -> None:
+        """Forget a layer that reads another input."""
+        self.layers = [other for other in self.layers if other is not layer]
+        layer.siblings = None
+
 
 class Waiting:
-    """What the layers that have not been called yet will find."""
+    """What the layers that have not been called yet will find, and what must be as it was for that."""
 
-    def __init__(self, x: Tensor, rows: Tensor, lows: dict[int, Tensor]) -> None:
-        self.x, self.version, self.rows, self.lows = x, x._version, rows, lows
+    def __init__(self, x: Tensor, rows: Tensor, lows: dict[int, tuple[Tensor, Tensor, int]]) -> None:
+        self.x, self.rows, self.lows = x, rows, lows
+        self.state = _state(x)
+
+    def has(self, layer: Any, x: Tensor, A: Tensor) -> bool:
+        """Whether the product of a layer's A with x waits, made in this thread under the same hooks."""
+        _, made_of, version = self.lows.get(id(layer), (None, None, 0))
+        return self.x is x and A is made_of and A._version == version and self.state == _state(x)
+
+
+def _state(x: Tensor) -> tuple:
+    return x._version, x.requires_grad, threading.get_ident(), _top_hooks(True)
 
 
 def usual() -> bool:
@@ -48,7 +74,14 @@ def usual() -> bool:
         or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
+        or (torch._C._len_torch_dispatch_stack() and _selective())
     )
+
+
+def _selective() -> bool:
+    """Whether a checkpoint keeps the results of some operators, which may then not be written into."""
+    stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode") for mode in stack)
 
 
 def fits(layer: Any, x: Tensor) -> bool:
@@ -56,12 +89,13 @@ def fits(layer: Any, x: Tensor) -> bool:
     base, delta = layer._modules["base"], layer._modules["delta"]
     if not layer.active or type(base) is not nn.Linear or (delta.dropout and delta.training):
         return False
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # not there: weight_norm, pruning
     A, B = delta._parameters.get("lora_A"), delta._parameters.get("lora_B")  # not there: a wrapper around it (FSDP)
     return (
         type(weight) is nn.Parameter
         and type(A) is type(B) is nn.Parameter
         and x.dtype is weight.dtype
+        and x.device == A.device
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
         and len(delta._parameters) == 2
@@ -74,7 +108,7 @@ def run(layer: Any, x: Any) -> Tensor | None:
     """The layer's output by the short way; None where it does not apply."""
     if not usual() or type(x) is not Tensor or x.dtype not in _DTYPES or x.is_nested or x.layout is not torch.strided:
         return None
-    if torch.is_autocast_enabled(x.device.type) or not fits(layer, x):
+    if x.is_meta or x.is_inference() or torch.is_autocast_enabled(x.device.type) or not fits(layer, x):
         return None
     base, delta, group = layer._modules["base"], layer._modules["delta"], layer.siblings
     weight, bias, scaling = base._parameters["weight"], base._parameters["bias"], delta.scaling
@@ -82,19 +116,24 @@ def run(layer: Any, x: Any) -> Tensor | None:
     if group is None or not torch.is_grad_enabled():
         return products.run(x, weight, bias, scaling, B, [A])
     waiting = group.waiting
-    if waiting is not None and waiting.x is x and waiting.version == x._version and id(layer) in waiting.lows:
+    if waiting is not None and waiting.has(layer, x, A):
         return _follow(group, waiting, id(layer), (x.shape, weight, bias), B)
+    if waiting is not None and id(layer) in waiting.lows and waiting.x is not x:
+        group.leave(layer)
+        return products.run(x, weight, bias, scaling, B, [A])
     others = _others(group, layer, x, scaling)
-    result = products.run(x, weight, bias, scaling, B, [A, *(o.delta.lora_A for o in others)])
+    As = [o.delta.lora_A for o in others]
+    result = products.run(x, weight, bias, scaling, B, [A, *As], WeakMethod(group.end) if others else None)
     if not others:
         return result
     y, rows, *lows = result
-    group.waiting = Waiting(x, rows, dict(zip(map(id, others), lows, strict=True)))
+    parts = {id(o): (low, A, A._version) for o, low, A in zip(others, lows, As, strict=True)}
+    group.waiting = Waiting(x, rows, parts)
     return y
 
 
 def _follow(group: Siblings, waiting: Waiting, key: int, fixed: tuple, B: Tensor) -> Tensor:
-    low = waiting.lows.pop(key)
+    low = waiting.lows.pop(key)[0]
     last = not waiting.lows
     result = products.Next.apply(waiting.rows, low, fixed, B, last)
     if last:
