@@ -108,8 +108,9 @@ def test_only_labelled_positions_reach_the_head():
     assert not model.model._forward_hooks
 
 
-def test_other_losses_stay_the_models_own():
-    """A router's balancing term, a head that mixes positions, a compiled network."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_losses_stay_the_models_own(dtype):
+    """A router's balancing term, a further small term, a head that mixes positions, a compiled network."""
     sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4}
     model, (inputs, labels) = lm("mixtral", **sizes, output_router_logits=True).eval(), rows()
     loss = TokenLoss("causal-lm")
@@ -120,8 +121,15 @@ def test_other_losses_stay_the_models_own():
         def forward(self, x):
             return super().forward(x + x.mean(1, keepdim=True))
 
+    model = MODELS["llama"][1]().eval().to(dtype)
+    own = model.loss_function
+    model.loss_function = lambda logits, **rest: own(logits=logits, **rest) + 1e-3 * logits.float().logsumexp(-1).mean()
+    loss = TokenLoss("causal-lm")
+    assert torch.equal(loss(model, inputs, labels)[0], model(**inputs, labels=labels).loss)
+    assert loss.trusted is False
     model = MODELS["llama"][1]().eval()
     model.lm_head = Mixing(32, VOCAB, bias=False)
+    model.to(dtype)
     loss = TokenLoss("causal-lm")
     assert torch.equal(loss(model, inputs, labels)[0], model(**inputs, labels=labels).loss)
     assert loss.trusted is False

@@ -70,8 +70,9 @@ class TextDataModule(SplitDataModule):
         eval_batch_size: rows of any other batch; by default ``batch_size``.
         group_by_length: batches of rows of similar length, which need less padding; see `LengthGroupedBatches`.
         packing: for causal-lm, lay rows end to end in rows of ``max_length`` tokens (train, validation and test), so
-            that nearly nothing is padding; no row sees another (a loop of your own must pass ``use_cache=False``: with
-            a cache transformers takes no note of positions). ``batch_size`` counts the packed rows.
+            that nearly nothing is padding; no row sees another (`TaskModule` tries that out and refuses models where
+            it is not so; a loop of your own must pass ``use_cache=False``: with a cache transformers takes no note of
+            positions). ``batch_size`` counts the packed rows.
         pad_to_multiple_of: round widths up, for kernels that like it.
         num_workers: processes that build batches; rows are tokenised beforehand, so 0 is usually fastest.
         seed: for the split, subsets, the order of batches and masks.

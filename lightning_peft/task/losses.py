@@ -25,16 +25,21 @@ class TokenLoss:
     whatever the head does to a position (scaling, soft caps, transforms, biases) still happens, but with most labels
     masked most of the logits are never made. On the first labelled batch the value is compared with the model's own
     loss for one row; where they differ (a loss with further terms, a head that mixes positions) or the network is
-    compiled, the model's own loss is used throughout. ``trusted`` says which.
+    compiled, the model's own loss is used throughout. ``trusted`` says which. On the first packed batch it is tried
+    out, too, that packed rows do not see each other.
 
     Args:
         task: ``causal-lm`` (labels are shifted), ``masked-lm`` or ``seq2seq-lm``.
+
+    Raises:
+        ConfigError: rows of a pack see each other.
     """
 
     def __init__(self, task: str) -> None:
         self.task = task
         self.trusted: bool | None = None
         self.place = 0  # of the backbone among the candidates
+        self.apart = False
 
     def __call__(self, network: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, int]:
         """inputs: without labels; labels: (batch, length). Returns the mean loss and the number of labels."""
@@ -42,6 +47,8 @@ class TokenLoss:
         targets = shifted(labels) if self.task == "causal-lm" else labels
         keep = targets != IGNORE
         count = int(keep.sum())
+        if "position_ids" in inputs and not self.apart:
+            self.apart = rows_stay_apart(network, inputs)
         if self.trusted is None and count:
             self.trusted = self._try(network, inputs, labels, keep)
         if count and not self.trusted:
@@ -73,24 +80,57 @@ class TokenLoss:
         return [m for m in wanted if isinstance(m, nn.Module) and m is not network]
 
     def _try(self, network: nn.Module, inputs: dict[str, Any], labels: Tensor, keep: Tensor) -> bool:
-        """Whether one row gives the model's own loss, without dropout; settles the backbone."""
+        """Whether one row gives the model's own logits and loss, without dropout; settles the backbone."""
         i, rows = int(keep.sum(1).argmax()), len(labels)
         one = {k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in inputs.items()}
         row, where = labels[i : i + 1], keep[i : i + 1]
         targets = shifted(row) if self.task == "causal-lm" else row
-        parameter = next(network.parameters())
-        half = parameter.dtype in _HALF or torch.is_autocast_enabled(parameter.device.type)
         for place, backbone in enumerate(self._backbones(network)):
             try:
                 with torch.no_grad(), evaluating(network):
                     logits = picked_logits(network, backbone, one, where)[0]
-                    theirs = network(**one, labels=row).loss.float()
+                    theirs = network(**one, labels=row)
+                    right = theirs.logits[where].float()
+                loss = F.cross_entropy(right, targets[where]).to(theirs.loss.dtype)
+                if same(logits, right, network) and torch.allclose(loss, theirs.loss, rtol=1e-4):
+                    self.place = place
+                    return True
             except _FAILURES:
                 continue
-            if torch.allclose(F.cross_entropy(logits.float(), targets[where]), theirs, rtol=5e-3 if half else 1e-4):
-                self.place = place
-                return True
         return False
+
+
+def same(found: Tensor, right: Tensor, network: nn.Module) -> bool:
+    """Whether two outputs of a network differ by no more than its rounding."""
+    parameter = next(network.parameters())
+    half = parameter.dtype in _HALF or torch.is_autocast_enabled(parameter.device.type)
+    return bool((found.float() - right.float()).norm() <= (2e-2 if half else 1e-3) * right.float().norm())
+
+
+def rows_stay_apart(network: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Try out whether other tokens in the first of two packed rows leave the second one's logits as they were.
+
+    Returns:
+        Whether there was a pack of two rows to try.
+
+    Raises:
+        ConfigError: they do not: the model takes ``position_ids`` and does not look for rows in them.
+    """
+    starts = (inputs["position_ids"] == 0).nonzero().tolist()
+    row, second = next(((i, at) for i, at in starts if at), (None, 0))
+    if row is None:
+        return False
+    one = {k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim > 1 else v for k, v in inputs.items()}
+    first = one["input_ids"][:, :second]
+    other = torch.cat([torch.where(first > 0, first - 1, first + 1), one["input_ids"][:, second:]], dim=1)
+    with torch.no_grad(), evaluating(network):
+        right, found = (network(**one | {"input_ids": ids}).logits[:, second:] for ids in (one["input_ids"], other))
+    if not same(found, right, network):
+        raise ConfigError(
+            f"packing=True: {type(network).__name__} takes no note of where packed rows begin, so they would see each"
+            " other (other tokens in one changed the output for the next). Set packing=False."
+        )
+    return True
 
 
 def picked_logits(network: nn.Module, backbone: nn.Module | None, inputs: Mapping[str, Any], keep: Tensor) -> Tensor:

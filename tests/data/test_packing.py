@@ -9,6 +9,7 @@ from lightning_peft import PEFT, LoRA, PromptTuning, TaskModule, inject
 from lightning_peft.data import TextDataModule
 from lightning_peft.data.packing import fill
 from lightning_peft.errors import ConfigError
+from lightning_peft.task.batches import inputs_of
 from lightning_peft.task.losses import TokenLoss
 from tests.data.conftest import WORDS, write_jsonl
 
@@ -68,6 +69,33 @@ def test_every_row_once_and_none_too_long():
     assert sorted(row for members in packs for row in members) == list(range(500))
     sums = [sum(lengths[row] for row in members) for members in packs]
     assert max(sums) <= 64 and len(packs) <= 1.02 * -(-sum(lengths) // 64)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}
+SIZES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "qwen2": {**SMALL, "num_key_value_heads": 2},
+    "opt": {**SMALL, "ffn_dim": 36, "word_embed_proj_dim": 32},
+    "bert-generation": SMALL,
+    "gemma2": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
+    "gpt_oss": {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+BOTH = [(k, a) for k in ("gpt2", "qwen2", "opt", "bert-generation") for a in ("eager", "sdpa")]
+
+
+@pytest.mark.parametrize(("kind", "attention"), [*BOTH, ("gemma2", "eager"), ("gpt_oss", "eager")])
+def test_models_whose_rows_would_mix_are_refused(data, kind, attention):
+    """They take positions, and look for no rows in them."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=80, pad_token_id=0, is_decoder=True, **SIZES[kind])
+    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    (batch,) = list(data(packing=True).train_dataloader())
+    inputs, loss = inputs_of(network, {k: v for k, v in batch.items() if k != "labels"}), TokenLoss("causal-lm")
+    if kind in ("gpt2", "qwen2", "gemma2"):
+        assert loss(network, inputs, batch["labels"])[0] > 0 and loss.apart and loss.trusted
+    else:
+        with pytest.raises(ConfigError, match="takes no note of where packed rows begin"):
+            loss(network, inputs, batch["labels"])
 
 
 def test_refused_where_rows_would_mix(data, tmp_path):
