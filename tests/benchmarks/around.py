@@ -77,6 +77,7 @@ def operations(args: Any) -> Iterator[dict[str, Any]]:
         yield _line("save_adapter, SmolLM2 r=8", _seconds(save_adapter, model, path), "s")
         tensors = sum(t.numel() * t.element_size() for t in adapter_state_dict(model).values())
         yield _line("adapter file beyond its tensors", path.stat().st_size - tensors, "bytes")
+        yield _line("lightning-peft inspect, interpreter included", _command("inspect", str(path)), "s")
         yield _line("load_adapter over the same method (swap)", _seconds(load_adapter, model, path), "s")
         yield _line("load_adapter into a bare base", _seconds(load_adapter, ours_base(net), path), "s")
     yield _line("merge", _seconds(merge, model), "s")
@@ -117,14 +118,13 @@ def _imports() -> Iterator[dict[str, Any]]:
     for name in ("ours", "peft"):
         beyond = statistics.median(a - b for a, b in zip(found[name], found["torch"], strict=True))
         yield _line(f"import {'lightning_peft' if name == 'ours' else name}, beyond torch's", beyond, "s")
-    for command in (["--version"], ["methods"]):
-        taken = _seconds(
-            subprocess.run,
-            [sys.executable, "-m", "lightning_peft", *command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        yield _line(f"lightning-peft {command[0]}, interpreter and torch included", taken, "s")
+    for command in ("--version", "methods"):
+        yield _line(f"lightning-peft {command}, interpreter included", _command(command), "s")
+
+
+def _command(*words: str) -> float:
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    return _seconds(subprocess.run, [sys.executable, "-m", "lightning_peft", *words], **quiet)
 
 
 def _seconds(

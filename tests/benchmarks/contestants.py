@@ -162,7 +162,7 @@ def contestants(net: nn.Module) -> dict[str, dict[str, Callable[[], nn.Module]]]
     rows: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "LoRA all-linear": lora("", linear) | {"plain": lambda: plain(net, linear)},
         "LoRA q,v": lora("", query_value) | {"plain": lambda: plain(net, query_value)},
-        "LoRA-FA all-linear": lora("fa", linear) | {},
+        "LoRA-FA all-linear": {"ours": lora("fa", linear)["ours"]},  # in peft an optimizer, with LoRA's step
         "DoRA q,v": lora("dora", query_value),
         "VeRA q,v": {
             "ours": lambda: ours(net, VeRA(r=256, target_modules=list(query_value))),
@@ -182,6 +182,5 @@ def contestants(net: nn.Module) -> dict[str, dict[str, Callable[[], nn.Module]]]
             "peft": lambda: theirs(net, peft.PromptTuningConfig(num_virtual_tokens=20, **task)),
         },
     }
-    rows["LoRA-FA all-linear"].pop("peft")  # there it is an optimizer; its step is LoRA's
     rows["full fine-tuning"] = {"torch": lambda: full(net)}
     return rows
