@@ -47,8 +47,7 @@ class TokenLoss:
         targets = shifted(labels) if self.task == "causal-lm" else labels
         keep = targets != IGNORE
         count = int(keep.sum())
-        if "position_ids" in inputs and not self.apart:
-            self.apart = rows_stay_apart(network, inputs)
+        self.apart = self.apart or rows_stay_apart(network, inputs)
         if self.trusted is None and count:
             self.trusted = self._try(network, inputs, labels, keep)
         if count and not self.trusted:
@@ -116,7 +115,10 @@ def rows_stay_apart(network: nn.Module, inputs: Mapping[str, Any]) -> bool:
     Raises:
         ConfigError: they do not: the model takes ``position_ids`` and does not look for rows in them.
     """
-    starts = (inputs["position_ids"] == 0).nonzero().tolist()
+    positions = inputs.get("position_ids")
+    if positions is None or positions.ndim != 2 or "input_ids" not in inputs:
+        return False
+    starts = (positions == 0).nonzero().tolist()
     row, second = next(((i, at) for i, at in starts if at), (None, 0))
     if row is None:
         return False
