@@ -23,10 +23,10 @@ class TokenLoss:
 
     The backbone's output is cut down to the positions whose label is not -100 before the model's own head sees it:
     whatever the head does to a position (scaling, soft caps, transforms, biases) still happens, but with most labels
-    masked most of the logits are never made. On the first labelled batch the value is compared with the model's own
-    loss for one row; where they differ (a loss with further terms, a head that mixes positions) or the network is
-    compiled, the model's own loss is used throughout. ``trusted`` says which. On the first packed batch it is tried
-    out, too, that packed rows do not see each other.
+    masked most of the logits are never made. On the first batch the value is compared with the model's own loss for one
+    row; where they differ (a loss with further terms, a head that mixes positions) or the network is compiled, the
+    model's own loss is used throughout. ``trusted`` says which. On the first packed batch it is tried out, too, that
+    packed rows do not see each other.
 
     Args:
         task: ``causal-lm`` (labels are shifted), ``masked-lm`` or ``seq2seq-lm``.
@@ -48,8 +48,8 @@ class TokenLoss:
         keep = targets != IGNORE
         count = int(keep.sum())
         self.apart = self.apart or rows_stay_apart(network, inputs)
-        if self.trusted is None and count:
-            self.trusted = self._try(network, inputs, labels, keep)
+        if self.trusted is None:  # also without labels: sharded processes must call the network equally often
+            self.trusted = self._try(network, inputs, labels if count else labels.clamp(min=0))
         if count and not self.trusted:
             return network(**inputs, labels=labels).loss, count
         backbones = self._backbones(network)
@@ -78,8 +78,9 @@ class TokenLoss:
         wanted = [decoder] if self.task == "seq2seq-lm" else [base, decoder]
         return [m for m in wanted if isinstance(m, nn.Module) and m is not network]
 
-    def _try(self, network: nn.Module, inputs: dict[str, Any], labels: Tensor, keep: Tensor) -> bool:
+    def _try(self, network: nn.Module, inputs: dict[str, Any], labels: Tensor) -> bool:
         """Whether one row gives the model's own logits and loss, without dropout; settles the backbone."""
+        keep = (shifted(labels) if self.task == "causal-lm" else labels) != IGNORE
         i, rows = int(keep.sum(1).argmax()), len(labels)
         one = {k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in inputs.items()}
         row, where = labels[i : i + 1], keep[i : i + 1]
