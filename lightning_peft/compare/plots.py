@@ -75,6 +75,9 @@ def _scatter(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(f"test {metric}, mean over seeds")
     axes.margins(x=0.12, y=0.10)
+    counts = [count for count, _ in points]
+    if min(counts) == max(counts):  # one method: the axis would have no length
+        axes.set_xlim(counts[0] / 3, counts[0] * 3)
     _plain(axes)
     figure.draw_without_rendering()
     axes.set_autoscale_on(False)

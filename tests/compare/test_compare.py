@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from lightning_peft.cli import main
-from lightning_peft.compare import cost, training
+from lightning_peft.compare import cost, plots, training
 from lightning_peft.compare.cost import kept_bytes
 from lightning_peft.compare.plan import best, choose, rate_grid
 from lightning_peft.method import registry
@@ -256,3 +257,12 @@ def test_every_run_of_the_sweep_parses(root, capsys):
         printed = yaml.safe_load(capsys.readouterr().out)
         assert printed["peft"]["class_path"] == f"lightning_peft.{name}"
         assert printed["model"]["init_args"]["lr"] == chosen["model.init_args.lr"]["value"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_picture_of_one_method_or_of_equal_sizes(count, tmp_path):
+    rows = [{"method": f"m{i}", "trainable": 100, "mean": 0.9, "std": 0.01} for i in range(count)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots._save(tmp_path / "a.png", plots._scatter(rows, "accuracy"))
+    assert (tmp_path / "a.png").stat().st_size > 1000
