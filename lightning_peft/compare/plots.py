@@ -66,6 +66,9 @@ def _scatter(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     points = [(row["trainable"], row["mean"]) for row in rows]
     spreads = [row["std"] or 0.0 for row in rows]
     axes.set_xscale("log")
+    counts = [count for count, _ in points]
+    if min(counts) == max(counts):  # one method: the axis would have no length
+        axes.set_xlim(counts[0] / 3, counts[0] * 3)
     axes.errorbar(*zip(*points, strict=True), yerr=spreads, fmt="o", ms=5, color=_BLUE, ecolor="#b9d2e8", lw=1.4)
     if metric in ("accuracy", "f1"):
         _spread_top(axes, min(y - s for (_, y), s in zip(points, spreads, strict=True)))
@@ -75,9 +78,6 @@ def _scatter(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     axes.set_xlabel("trained parameters")
     axes.set_ylabel(f"test {metric}, mean over seeds")
     axes.margins(x=0.12, y=0.10)
-    counts = [count for count, _ in points]
-    if min(counts) == max(counts):  # one method: the axis would have no length
-        axes.set_xlim(counts[0] / 3, counts[0] * 3)
     _plain(axes)
     figure.draw_without_rendering()
     axes.set_autoscale_on(False)
