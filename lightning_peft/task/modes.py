@@ -23,12 +23,15 @@ def train_mode(network: nn.Module, base: Literal["train", "eval"]) -> str:
 
     >>> train_mode(nn.Sequential(nn.Dropout(0.1)), "train")
     'Base in train mode: 1 dropout layer is on.'
+    >>> train_mode(nn.Sequential(nn.Linear(1, 1)), "train")
+    'Base in train mode. It has no dropout.'
     """
     network.train(base == "train")
     drops = sum(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules())
     count = f"{drops} dropout layer{'' if drops == 1 else 's'}"
     if base == "train":
-        return f"Base in train mode: {count} {'is' if drops == 1 else 'are'} on."
+        state = f": {count} {'is' if drops == 1 else 'are'} on." if drops else ". It has no dropout."
+        return f"Base in train mode{state}"
     found = find(network)
     for name, module in network.named_modules():
         saved = found is not None and any(name == s or name.startswith(s + ".") for s in found[0].saved)
