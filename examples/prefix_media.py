@@ -73,18 +73,21 @@ def wav2vec2(labels: int) -> nn.Module:
     return transformers.Wav2Vec2ForSequenceClassification(config)
 
 
-def train(network: nn.Module, task: str, data: L.LightningDataModule, method, lr: float, epochs: int) -> tuple:
-    """Train the method, or without one what requires a gradient; gives accuracies on validation and on test rows."""
+def train(network: nn.Module, task: str, data: L.LightningDataModule, method, lr: float, epochs: int):
+    """Train the method, or without one what requires a gradient; gives the accuracy on validation, Trainer, module."""
     L.seed_everything(0)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    quiet |= {"enable_progress_bar": False, "num_sanity_val_steps": 0, "check_val_every_n_epoch": epochs}
     callbacks = [] if method is None else [PEFT(method)]
-    options = {"max_epochs": epochs, "accelerator": "cpu", "enable_progress_bar": False, "callbacks": callbacks}
-    trainer = L.Trainer(**options, **quiet, limit_val_batches=0)
+    trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **quiet)
     module = TaskModule(network, task, label_names=data.label_names, lr=lr)
     trainer.fit(module, data)
-    trainer.limit_val_batches = 1.0
-    validated = trainer.validate(module, data, verbose=False)[0]["val_accuracy"]
-    return float(validated), float(trainer.test(module, data, verbose=False)[0]["test_accuracy"])
+    return float(trainer.callback_metrics["val_accuracy"]), trainer, module
+
+
+def test(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> float:
+    """Accuracy on the test rows."""
+    return float(trainer.test(module, data, verbose=False)[0]["test_accuracy"])
 
 
 def transfer(build, task: str, first, second, rates=(3e-3, 1e-2, 3e-2)) -> dict[str, float]:
@@ -93,7 +96,8 @@ def transfer(build, task: str, first, second, rates=(3e-3, 1e-2, 3e-2)) -> dict[
         data.setup("fit")
     torch.manual_seed(0)
     network = build(len(first.label_names))
-    found = {"first task, full": train(network, task, first, FullFineTuning(), 1e-3, 12)[1]}
+    _, *trained = train(network, task, first, FullFineTuning(), 1e-3, 12)
+    found = {"first task, full": test(*trained, first)}
     base = build(len(first.label_names)).requires_grad_(False)
     base.load_state_dict(network.state_dict())
     base.classifier = nn.Linear(base.classifier.in_features, len(second.label_names))
@@ -101,7 +105,8 @@ def transfer(build, task: str, first, second, rates=(3e-3, 1e-2, 3e-2)) -> dict[
     prefix = PrefixTuning(num_virtual_tokens=10, modules_to_save="classifier")
     for name, method in (("second, head alone", None), ("second, prefix and head", prefix)):
         runs = [train(copy.deepcopy(base), task, second, method, lr, 30) for lr in rates]
-        found[name] = max(runs)[1]  # tuples: the best on validation
+        _, *best = max(runs, key=lambda run: run[0])
+        found[name] = test(*best, second)
     return found
 
 

@@ -84,8 +84,7 @@ class Comparison:
         fitting = [c for c in self.candidates if self._fits(c)]
         if not fitting:
             raise ConfigError(f"No method is left to compare: {'; '.join(self.left_out.values())}.")
-        given = self.rates if isinstance(self.rates, list) else None
-        plan = [(c, given or rate_grid(c.method, self.rates)) for c in fitting]  # type: ignore[arg-type]
+        plan = [(c, rate_grid(c.method, self.rates)) for c in fitting]
         total = sum(1 + len(grid) + len(self.seeds) - 1 for _, grid in plan)
         with self.progress.over(total, self.steps):
             for candidate, grid in plan:

@@ -105,16 +105,18 @@ def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def rate_grid(method: Method, count: int) -> list[float]:
-    """Learning rates to try, from the method's own range.
+def rate_grid(method: Method, count: int | list[float]) -> list[float]:
+    """Learning rates to try: those given, or as many from the method's own range.
 
-    The default; then the range's upper and lower ends; then the middle (in logarithms) of the widest gap, again and
-    again. So a larger grid holds the smaller ones, and more rates can be tried later without repeating any.
+    Of the range: the default; then the upper and the lower end; then the middle (in logarithms) of the widest gap,
+    again and again. So a larger grid holds the smaller ones, and more rates can be tried later without repeating any.
 
     >>> from lightning_peft import LoRA
     >>> rate_grid(LoRA(), 1), rate_grid(LoRA(), 4)
     ([0.0002], [5e-05, 0.0002, 0.00063, 0.002])
     """
+    if isinstance(count, list):
+        return count
     low, high = method.lr_range
     rates = list(dict.fromkeys([method.default_lr, high, low]))[:count]
     while len(rates) < count:

@@ -120,7 +120,7 @@ def kept(node: Any, name: str, before: Any) -> Tensor | None:
     """
     raw = getattr(node, f"_raw_saved_{name}")
     if not hasattr(raw, "data"):  # torch before 2.9
-        return None if _hooked() else _checked(node, name)
+        return None if top_hooks() is not None else _checked(node, name)
     if raw.unpack_hook is None:
         return _checked(node, name)
     value = raw.data
@@ -136,9 +136,10 @@ def _checked(node: Any, name: str) -> Tensor | None:
         return None
 
 
-def _hooked() -> bool:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+def top_hooks() -> Any:
+    """The hooks on saved tensors that are in force, None if there are none; something where torch does not tell."""
+    look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return "unknown" if look is None else look(True)
 
 
 def _sorted(factors: list[Tensor], x: Tensor) -> Source | None:

@@ -17,13 +17,13 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as hooks
 
 from lightning_peft.lowrank import products
+from lightning_peft.lowrank.inputs import top_hooks
 from lightning_peft.match import role
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 #: roles that read one input, and parts of names that say keys and values come from elsewhere
 _TOGETHER = {"q": "qkv", "k": "qkv", "v": "qkv", "up": "up"}
 _CROSS = ("cross", "encoder_attn", "encdec", "multi_modal")
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)
 
 
 class Siblings:
@@ -60,7 +60,7 @@ class Waiting:
 
 
 def _state(x: Tensor) -> tuple:
-    return x._version, x.requires_grad, threading.get_ident(), _top_hooks(True)
+    return x._version, x.requires_grad, threading.get_ident(), top_hooks()
 
 
 def usual() -> bool:

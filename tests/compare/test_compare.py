@@ -16,8 +16,9 @@ import yaml
 
 from lightning_peft.cli import main
 from lightning_peft.compare import cost, plots, training
+from lightning_peft.compare.comparison import Outcome
 from lightning_peft.compare.cost import kept_bytes
-from lightning_peft.compare.plan import best, choose, rate_grid
+from lightning_peft.compare.plan import Candidate, best, choose, rate_grid
 from lightning_peft.method import registry
 from lightning_peft.methods.bitfit import BitFit
 from tests.cli.wandb_file import records
@@ -262,7 +263,9 @@ def test_every_run_of_the_sweep_parses(root, capsys):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_picture_of_one_method_or_of_equal_sizes(count, tmp_path):
     rows = [{"method": f"m{i}", "trainable": 100, "mean": 0.9, "std": 0.01} for i in range(count)]
+    curve = {"curve": [{"step": 1.0, "accuracy": 0.9}]}
+    outcomes = [Outcome(Candidate(row["method"], BitFit()), tested=[curve]) for row in rows]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots._save(tmp_path / "a.png", plots._scatter(rows, "accuracy"))
-    assert (tmp_path / "a.png").stat().st_size > 1000
+        names = plots.draw(tmp_path, outcomes, rows, "accuracy")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names) and len(names) == 2
