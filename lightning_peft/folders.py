@@ -6,6 +6,7 @@ nothing else, the shards with ``weights_only=True``.
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import tempfile
@@ -157,6 +158,15 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A class by name, if it is one of those."""
+        if (module, name) == ("builtins", "getattr"):  # how Python before 3.11.4 pickles the member of an enum
+            return _member
         if name not in _KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it holds an object of {module}.{name}, which is not loaded")
         return super().find_class(module, name)
+
+
+def _member(kind: type, name: str) -> enum.Enum:
+    """A member of an enum by its name: the only use of `getattr` in an index."""
+    if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it takes {name!r} of {kind!r}, which is not loaded")
+    return kind[name]
