@@ -160,6 +160,8 @@ class _Unpickler(pickle.Unpickler):
         """A class by name, if it is one of those."""
         if (module, name) == ("builtins", "getattr"):  # how Python before 3.11.4 pickles the member of an enum
             return _member
+        if module == "pathlib._local":  # where Python 3.13 keeps its classes, and no other
+            module = "pathlib"
         if name not in _KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it holds an object of {module}.{name}, which is not loaded")
         return super().find_class(module, name)

@@ -1,10 +1,11 @@
-"""The index of a folder of shards: every Python writes its enums in a way of its own; code in it is refused."""
+"""The index of a folder of shards: Pythons write enums and paths in ways of their own; code in it is refused."""
 
 from __future__ import annotations
 
 import copyreg
 import io
 import pickle
+from pathlib import PurePosixPath
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ def test_enums_of_every_python(folder, reduce):
     (folder / INDEX).write_bytes(dumps(index, reduce))
     assert read_index(folder) == index
     assert {name: value.shape for name, value in shapes(folder).items()} == {"a": (2, 3)}
+
+
+def test_paths_of_python_3_13(tmp_path):
+    """A path is one on any other Python too."""
+    (tmp_path / INDEX).write_bytes(b"cpathlib._local\nPurePosixPath\n(Va\nVb\ntR.")
+    assert read_index(tmp_path) == PurePosixPath("a/b")
 
 
 @pytest.mark.parametrize("kind, name", [(_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__")])
