@@ -51,7 +51,7 @@ def decoder_of(outer: nn.Module, encoder: nn.Module) -> nn.Module | None:
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """The generation cache among the arguments of a call: ``cache``, before transformers 5.24 another name."""
+    """The generation cache among the arguments of a call: ``cache``; before transformers 5.24 the other names."""
     given = (arguments.get(name) for name in ("cache", "past_key_values", "cache_params"))
     return next((cache for cache in given if cache is not None), None)
 
@@ -60,7 +60,7 @@ def length_of(cache: Any) -> int:
     """Tokens that a cache holds, virtual ones included."""
     try:
         return 0 if cache is None else int(cache.get_seq_length())
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError):  # xLSTM's state has no such method
         raise ConfigError(
             "This model keeps a recurrent state that does not count its tokens: with virtual tokens call it, or"
             " generate, with use_cache=False."

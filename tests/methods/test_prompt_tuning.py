@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from lightning_peft import Adapted, ConfigError, NoMatchError, PromptTuning, disabled, inject, unload
+from lightning_peft.prompting.backbone import cache_of, length_of
 from lightning_peft.prompting.virtual import VirtualTokens
 from lightning_peft.prompting.visual import VisualTokens
 from tests.golden_case import Golden
@@ -334,6 +335,9 @@ def test_errors():
     with pytest.raises(ConfigError, match="use_cache=False"):
         recurrent.generate(ids, max_new_tokens=2)
     assert recurrent.generate(ids, max_new_tokens=2, use_cache=False).shape == (1, 7)
+    for name in ("cache", "past_key_values", "cache_params"):
+        with pytest.raises(ConfigError, match="use_cache=False"):
+            length_of(cache_of({name: object()}))
     for bad in ({"position": "middle"}, {"init": "text"}, {"init_text": "x"}, {"num_virtual_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             PromptTuning(**bad)
