@@ -32,8 +32,11 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, tensors: list[Tensor], sizes: tuple[int, ...]) -> Source:
         """From the tensors in one row."""
-        left = iter(tensors)
-        return cls(*(tuple(next(left) for _ in range(size)) for size in sizes))
+        kinds, start = [], 0
+        for size in sizes:
+            kinds.append(tuple(tensors[start : start + size]))
+            start += size
+        return cls(*kinds)
 
     def core(self) -> Tensor:
         """What is as large as x, (rows, in)."""

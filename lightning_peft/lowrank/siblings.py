@@ -1,7 +1,7 @@
 """When a layer takes the short way of `products`, and which layers share one input.
 
-Layers that share one are one node of the graph, so their gradients come in one backward pass: a loss of each that runs
-backward on its own needs ``retain_graph=True``.
+The first of those that is called computes the outputs of all. They are one node of the graph, so their gradients come
+in one backward pass: a loss of each that runs backward on its own needs ``retain_graph=True``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakMethod
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -27,40 +27,85 @@ _CROSS = ("cross", "encoder_attn", "encdec", "multi_modal")
 
 
 class Siblings:
-    """Layers of one parent that read one input, and what the first of them left for the others in this pass."""
+    """Layers of one parent that read one input, and what the first of them left for the others in this pass.
+
+    A layer that reads something else, or is not called, leaves at the next optimizer step: until then a checkpoint may
+    run this pass again, and must find the same.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.waiting: Waiting | None = None
+        self.leaving: list[tuple[Any, list[int]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "waiting": None}  # tensors inside a graph can be neither copied nor pickled
+        # tensors inside a graph can be neither copied nor pickled
+        return {"layers": self.layers, "waiting": None, "leaving": []}
+
+    def take(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The output that waits for a layer."""
+        waiting = self.waiting
+        if waiting is None or id(layer) not in waiting.outputs:
+            return None
+        y = waiting.take(layer, x)
+        if y is None and waiting.x is not x:
+            self.leaving.append((layer, _versions(layer)))
+        elif not waiting.outputs:
+            self.waiting = None
+        return y
 
     def end(self) -> None:
-        """Let go of what waits: its pass is over."""
-        self.waiting = None
+        """The pass is over: let go of what nobody came for."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None and not self.leaving:
+            self.leaving = [(m, _versions(m)) for m in self.layers if id(m) in waiting.outputs]
 
-    def leave(self, layer: Any) -> None:
-        """Forget a layer that reads another input."""
-        self.layers = [other for other in self.layers if other is not layer]
-        layer.siblings = None
+    def others(self, layer: Any, x: Tensor, scaling: float) -> list[Any]:
+        """The layers whose output can be computed together with that of one of them."""
+        if self.leaving:
+            self._settle()
+        if not any(layer is member for member in self.layers):
+            return []  # it has left, or is a replica of DataParallel: the others are not on its device
+        return [m for m in self.layers if m is not layer and m._modules["delta"].scaling == scaling and fits(m, x)]
+
+    def _settle(self) -> None:
+        gone = {id(layer) for layer, versions in self.leaving if _versions(layer) != versions}
+        self.layers = [layer for layer in self.layers if id(layer) not in gone]
+        self.leaving = [(layer, versions) for layer, versions in self.leaving if id(layer) not in gone]
 
 
 class Waiting:
-    """What the layers that have not been called yet will find, and what must be as it was for that."""
+    """Outputs of layers that have not been called yet, and what must be as it was for them to hold."""
 
-    def __init__(self, x: Tensor, rows: Tensor, lows: dict[int, tuple[Tensor, Tensor, int]]) -> None:
-        self.x, self.rows, self.lows = x, rows, lows
-        self.state = _state(x)
+    def __init__(self, x: Tensor, layers: list[Any], outputs: list[Tensor]) -> None:
+        self.x, self.state = x, _state(x)
+        self.outputs = {
+            id(m): (y, [(t, t._version) for t in _tensors(m)]) for m, y in zip(layers, outputs, strict=True)
+        }
 
-    def has(self, layer: Any, x: Tensor, A: Tensor) -> bool:
-        """Whether the product of a layer's A with x waits, made in this thread under the same hooks."""
-        _, made_of, version = self.lows.get(id(layer), (None, None, 0))
-        return self.x is x and A is made_of and A._version == version and self.state == _state(x)
+    def take(self, layer: Any, x: Tensor) -> Tensor | None:
+        """A layer's output, if it was made of these very tensors, in this thread and under the same hooks."""
+        if self.x is not x or self.state != _state(x):
+            return None
+        y, made_of = self.outputs[id(layer)]
+        if any(t is not m or t._version != v for t, (m, v) in zip(_tensors(layer), made_of, strict=True)):
+            return None
+        del self.outputs[id(layer)]
+        return y
 
 
 def _state(x: Tensor) -> tuple:
-    return x._version, x.requires_grad, threading.get_ident(), top_hooks()
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return x._version, x.requires_grad, torch.is_grad_enabled(), autocast, threading.get_ident(), top_hooks()
+
+
+def _tensors(layer: Any) -> tuple[Any, ...]:
+    base, factors = layer._modules["base"]._parameters, layer._modules["delta"]._parameters
+    return base.get("weight"), factors.get("lora_A"), factors.get("lora_B")
+
+
+def _versions(layer: Any) -> list[int]:
+    return [p._version for p in layer.delta.parameters()]
 
 
 def usual() -> bool:
@@ -106,47 +151,23 @@ def fits(layer: Any, x: Tensor) -> bool:
 
 def run(layer: Any, x: Any) -> Tensor | None:
     """The layer's output by the short way; None where it does not apply."""
+    group = layer.siblings
+    if group is not None and group.waiting is not None and (y := group.take(layer, x)) is not None:
+        return y
     if not usual() or type(x) is not Tensor or x.dtype not in _DTYPES or x.is_nested or x.layout is not torch.strided:
         return None
     if x.is_meta or x.is_inference() or torch.is_autocast_enabled(x.device.type) or not fits(layer, x):
         return None
-    base, delta, group = layer._modules["base"], layer._modules["delta"], layer.siblings
-    weight, bias, scaling = base._parameters["weight"], base._parameters["bias"], delta.scaling
-    A, B = delta._parameters["lora_A"], delta._parameters["lora_B"]
-    if group is None or not torch.is_grad_enabled():
-        return products.run(x, weight, bias, scaling, B, [A])
-    waiting = group.waiting
-    if waiting is not None and waiting.has(layer, x, A):
-        return _follow(group, waiting, id(layer), (x.shape, weight, bias), B)
-    if waiting is not None and id(layer) in waiting.lows and waiting.x is not x:
-        group.leave(layer)
-        return products.run(x, weight, bias, scaling, B, [A])
-    others = _others(group, layer, x, scaling)
-    As = [o.delta.lora_A for o in others]
-    result = products.run(x, weight, bias, scaling, B, [A, *As], WeakMethod(group.end) if others else None)
-    if not others:
-        return result
-    y, rows, *lows = result
-    parts = {id(o): (low, A, A._version) for o, low, A in zip(others, lows, As, strict=True)}
-    group.waiting = Waiting(x, rows, parts)
+    scaling, layers = layer._modules["delta"].scaling, [layer]
+    if group is not None and torch.is_grad_enabled():
+        layers += group.others(layer, x, scaling)
+    weights, As, Bs = zip(*map(_tensors, layers), strict=True)
+    biases = [m._modules["base"]._parameters["bias"] for m in layers]
+    if len(layers) == 1:
+        return products.run(x, weights, biases, scaling, As, Bs)
+    y, *others = products.run(x, weights, biases, scaling, As, Bs, ref(group))
+    group.waiting = Waiting(x, layers[1:], others)
     return y
-
-
-def _follow(group: Siblings, waiting: Waiting, key: int, fixed: tuple, B: Tensor) -> Tensor:
-    low = waiting.lows.pop(key)[0]
-    last = not waiting.lows
-    result = products.Next.apply(waiting.rows, low, fixed, B, last)
-    if last:
-        group.waiting = None
-        return result
-    y, waiting.rows = result
-    return y
-
-
-def _others(group: Siblings, layer: Any, x: Tensor, scaling: float) -> list[Any]:
-    if not any(layer is member for member in group.layers):
-        return []  # a replica of DataParallel: the others are not on its device
-    return [m for m in group.layers if m is not layer and m._modules["delta"].scaling == scaling and fits(m, x)]
 
 
 def _hooked(module: nn.Module) -> bool:
