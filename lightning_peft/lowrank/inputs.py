@@ -39,19 +39,19 @@ class Source(NamedTuple):
         return cls(*kinds)
 
     def core(self) -> Tensor:
-        """What is as large as x, (rows, in)."""
+        """What is as large as x, (…, in)."""
         x = self.full[0]
         for mean in self.mean:
             x = x - mean
         for other in self.full[1:]:
             x = x * other
-        return x.reshape(-1, x.shape[-1])
+        return x
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        """x, (rows, in), with the history of its parts."""
+        """x, (…, in), with the history of its parts."""
         rows, x = self._statistics() if self.mean else (self.rows, self.core())
         for factor in rows:
-            x = x * factor.reshape(-1, 1)
+            x = x * factor
         for factor in self.columns:
             x = x * factor
         for shift in self.shift:
@@ -63,19 +63,22 @@ class Source(NamedTuple):
         start, (scale,) = self.full[0], self.rows
         variance, mean = torch.var_mean(start, -1, unbiased=False, keepdim=True)
         epsilon = (scale.pow(-2) - variance).detach()
-        return ((variance + epsilon).rsqrt(),), (start - mean).reshape(-1, start.shape[-1])
+        return ((variance + epsilon).rsqrt(),), start - mean
 
-    def gradient(self, dlow: Tensor, A: Tensor, scaling: float) -> Tensor:
-        """``s·dlow·x``; dlow: (r, rows), A: (r, in), for its shape."""
+    def gradient(self, dlow: Tensor) -> Tensor:
+        """``dlow·x``, (r, in); dlow: (batch, r, length)."""
+        batch, _, length = dlow.shape
         core = self.core()
-        dlow = given = dlow.to(core.dtype)
+        core = core if core.ndim == 3 and len(core) == batch else core.reshape(batch, length, core.shape[-1])
+        dlow = given = dlow if dlow.dtype is core.dtype else dlow.to(core.dtype)
         for factor in self.rows:
-            dlow = dlow * factor.reshape(1, -1)
-        found = torch.addmm(A.to(core.dtype), dlow, core, beta=0, alpha=scaling)
+            dlow = dlow * factor.reshape(batch, 1, length)
+        found = torch.bmm(dlow, core)
+        found = found[0] if batch == 1 else found.sum(0)
         for factor in self.columns:
             found.mul_(factor)
         for shift in self.shift:
-            found.addcmul_(given.sum(1, keepdim=True), shift.to(found.dtype), value=scaling)
+            found.addcmul_(given.sum((0, 2)).unsqueeze(1), shift.to(found.dtype))
         return found
 
 
