@@ -66,20 +66,24 @@ class Source(NamedTuple):
         return ((variance + epsilon).rsqrt(),), start - mean
 
     def gradient(self, dlow: Tensor) -> Tensor:
-        """``dlow·x``, (r, in); dlow: (batch, r, length)."""
-        batch, _, length = dlow.shape
+        """``dlow·x``, (r, in); dlow: (batch, r, length) or (r, rows)."""
         core = self.core()
-        core = core if core.ndim == 3 and len(core) == batch else core.reshape(batch, length, core.shape[-1])
+        lead = (*dlow.shape[:-2], dlow.shape[-1])
+        core = core if core.shape[:-1] == lead else core.reshape(*lead, core.shape[-1])
         dlow = given = dlow if dlow.dtype is core.dtype else dlow.to(core.dtype)
         for factor in self.rows:
-            dlow = dlow * factor.reshape(batch, 1, length)
-        found = torch.bmm(dlow, core)
-        found = found[0] if batch == 1 else found.sum(0)
+            dlow = dlow * factor.reshape(*lead, 1).mT
+        found = summed((torch.mm if dlow.ndim == 2 else torch.bmm)(dlow, core))
         for factor in self.columns:
             found.mul_(factor)
         for shift in self.shift:
-            found.addcmul_(given.sum((0, 2)).unsqueeze(1), shift.to(found.dtype))
+            found.addcmul_(summed(given.sum(-1, keepdim=True)), shift.to(found.dtype))
         return found
+
+
+def summed(products: Tensor) -> Tensor:
+    """Over the batch, if there is one."""
+    return products.sum(0) if products.ndim == 3 else products
 
 
 def source(x: Tensor) -> Source:

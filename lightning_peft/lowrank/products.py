@@ -2,8 +2,8 @@
 
 ``y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ`` for frozen W and b. Layers that read the same input are one step: it is multiplied by all
 their A at once, and its gradient is one tensor that every product adds to. The correction is written first and the
-large product added to it, which costs less than the reverse. Low-rank products lie as (batch, r, length): BLAS
-multiplies (r, rows) several times faster than (rows, r), and batches that fit its caches half as fast again.
+large product added to it, which costs less than the reverse. Low-rank products lie as (r, rows), which BLAS multiplies
+several times faster than (rows, r); in float32 on the CPU as (batch, r, length), in which it is half as fast again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_peft.lowrank.inputs import Source, source
+from lightning_peft.lowrank.inputs import Source, source, summed
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _NOTHING = Source(())
+_PRODUCTS = {2: (torch.mm, torch.addmm), 3: (torch.bmm, torch.baddbmm)}
 
 
 class Corrected(Function):
@@ -44,7 +45,7 @@ class Corrected(Function):
         ctx.set_materialize_grads(False)
         if count == 1:
             return _corrected(rows, x.shape, weights[0], biases[0], low.mT, Bs[0])
-        each = zip(weights, biases, _parts(low.mT, As, 2), Bs, strict=True)
+        each = zip(weights, biases, _parts(low.mT, As, -1), Bs, strict=True)
         return tuple([_corrected(rows, x.shape, *one) for one in each])
 
     @staticmethod
@@ -64,21 +65,20 @@ class Corrected(Function):
         there, lows = [i for i, dy in enumerate(dys) if dy is not None], _parts(low, As)
         if len(there) < count:
             weights, As, Bs, lows = ([kind[i] for i in there] for kind in (weights, As, Bs, lows))
-        batch, _, length = low.shape
-        batched = [_batched(dy, batch, length) for dy in dys if dy is not None]
+        times, lead = _PRODUCTS[low.ndim][0], (*low.shape[:-2], low.shape[-1])
+        grads = [_shaped(dy, lead) for dy in dys if dy is not None]
         dx = dAs = dBs = None
         if needs_B:
-            dBs = [_summed(torch.bmm(low, dy)).t() for low, dy in zip(lows, batched, strict=True)]
+            dBs = [summed(times(low, dy)).t() for low, dy in zip(lows, grads, strict=True)]
         if there and (needs_x or needs_A):
-            dlow = [torch.bmm(_transposed(B, dy), dy.mT) for B, dy in zip(Bs, batched, strict=True)]
-            dlow = torch.cat(dlow, 1) if len(dlow) > 1 else dlow[0]
+            dlow = [times(_transposed(B, dy), dy.mT) for B, dy in zip(Bs, grads, strict=True)]
+            dlow = torch.cat(dlow, -2) if len(dlow) > 1 else dlow[0]
             dlow = dlow * scaling if again else dlow.mul_(scaling)
             if needs_A:
-                dA = found.gradient(dlow) if x is None else _summed(torch.bmm(dlow, _batched(x, batch, length)))
-                dAs = _parts(dA, As, 0)
+                dA = found.gradient(dlow) if x is None else summed(times(dlow, _shaped(x, lead)))
+                dAs = _parts(dA, As)
             if needs_x:
-                A = _stack(As, dlow.dtype).expand(batch, -1, -1)
-                dx = _before(batched, weights, dlow, A).view(shape)
+                dx = _before(grads, weights, dlow, _stack(As, dlow.dtype)).view(shape)
         return dx, None, None, *_placed(there, dAs, count), *_placed(there, dBs, count)
 
 
@@ -100,32 +100,48 @@ def run(
 
 
 def _low(x: Tensor, As: Sequence[Tensor], scaling: float) -> Tensor:
-    """``s·A·xᵀ``, (batch, r, length), in one batch where more do not pay or would make the gradients of B large."""
+    """``s·A·xᵀ``, (batch, r, length) or (r, rows)."""
     A = _stack(As, x.dtype)
-    if x.ndim != 3 or x.shape[1] < 4 * A.shape[0] or x.dtype is torch.bfloat16 or not x.is_cpu:
-        x = x.reshape(1, -1, x.shape[-1])
-    low = torch.bmm(A.expand(len(x), -1, -1), x.mT)
+    x = _shaped(x, _lead(x, len(A)))
+    low = _PRODUCTS[x.ndim][0](_spread(A, x), x.mT)
     return low * scaling if torch.is_grad_enabled() else low.mul_(scaling)
 
 
+def _lead(x: Tensor, r: int) -> tuple[int, ...]:
+    """(batch, length) or (rows,): batches long enough that the gradient of B in each is small against that of y."""
+    rows = x.numel() // x.shape[-1]
+    if x.dtype is torch.bfloat16 or not x.is_cpu:
+        return (rows,)
+    if x.ndim == 3 and len(x) > 1 and x.shape[1] >= 4 * r:
+        return x.shape[0], x.shape[1]
+    batch = next((n for n in (8, 4, 2) if rows % n == 0 and rows >= 4 * n * r), None)
+    return (batch, rows // batch) if batch else (rows,)
+
+
 def _corrected(rows: Tensor, shape: torch.Size, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
-    """``rows·Wᵀ + b + low·Bᵀ`` in the shape of the layer's output; low: (batch, length, r)."""
+    """``rows·Wᵀ + b + low·Bᵀ`` in the shape of the layer's output; low: (batch, length, r) or (rows, r)."""
+    times, plus = _PRODUCTS[low.ndim]
     B = _transposed(B, low)
-    y = torch.bmm(low, B) if bias is None else torch.baddbmm(bias, low, B)
-    y.view(-1, y.shape[2]).addmm_(rows, weight.t())
+    y = times(low, B) if bias is None else plus(bias, low, B)
+    (y if y.ndim == 2 else y.view(-1, y.shape[2])).addmm_(rows, weight.t())
     # a view could not be written into by its user
-    return y if len(shape) == 3 and len(y) == shape[0] else _unsafe_view(y, (*shape[:-1], y.shape[2]))
+    return y if y.shape[:-1] == shape[:-1] else _unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
-def _batched(x: Tensor, batch: int, length: int) -> Tensor:
-    """(…, n) -> (batch, length, n)."""
-    return x if x.ndim == 3 and len(x) == batch else x.reshape(batch, length, x.shape[-1])
+def _shaped(x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """(…, n) -> (batch, length, n) or (rows, n)."""
+    return x if x.shape[:-1] == lead else x.reshape(*lead, x.shape[-1])
+
+
+def _spread(matrix: Tensor, like: Tensor) -> Tensor:
+    """Once for each batch."""
+    return matrix if like.ndim == 2 else matrix.expand(len(like), -1, -1)
 
 
 def _transposed(B: Tensor, like: Tensor) -> Tensor:
-    """(out, r) -> (batch, r, out)."""
+    """(out, r) -> (batch, r, out) or (r, out)."""
     B = _as(B, like.dtype)
-    return B.as_strided((len(like), *B.shape[::-1]), (0, *B.stride()[::-1]))
+    return B.t() if like.ndim == 2 else B.as_strided((len(like), *B.shape[::-1]), (0, *B.stride()[::-1]))
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,24 +152,19 @@ def _stack(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return _as(torch.cat(As) if len(As) > 1 else As[0], dtype)
 
 
-def _parts(stacked: Tensor, As: Sequence[Tensor], dim: int = 1) -> Sequence[Tensor]:
+def _parts(stacked: Tensor, As: Sequence[Tensor], dim: int = -2) -> Sequence[Tensor]:
     """Each layer's share."""
     return torch.split_with_sizes(stacked, [len(A) for A in As], dim) if len(As) > 1 else (stacked,)
 
 
-def _summed(products: Tensor) -> Tensor:
-    """Over the batch."""
-    return products[0] if len(products) == 1 else products.sum(0)
-
-
 def _before(dys: Sequence[Tensor], weights: Sequence[Tensor], dlow: Tensor, A: Tensor) -> Tensor:
-    """Gradient of the input, (batch, length, in); all add to one tensor unless this is to be differentiated again."""
-    dx = torch.bmm(dlow.mT, A)
-    rows = dx.view(-1, dx.shape[2])
+    """Gradient of the input, (rows, in); all add to one tensor unless this is to be differentiated again."""
+    dx = _PRODUCTS[dlow.ndim][0](dlow.mT, _spread(A, dlow))
+    dx = dx if dx.ndim == 2 else dx.view(-1, dx.shape[2])
     for dy, weight in zip(dys, weights, strict=True):
-        dy = dy.flatten(0, 1)
-        rows = torch.addmm(rows, dy, weight) if torch.is_grad_enabled() else rows.addmm_(dy, weight)
-    return rows
+        dy = dy if dy.ndim == 2 else dy.flatten(0, 1)
+        dx = torch.addmm(dx, dy, weight) if torch.is_grad_enabled() else dx.addmm_(dy, weight)
+    return dx
 
 
 def _placed(there: list[int], grads: Sequence[Tensor] | None, count: int) -> Sequence[Tensor | None]:
