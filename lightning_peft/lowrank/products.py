@@ -112,9 +112,10 @@ def _lead(x: Tensor, r: int) -> tuple[int, ...]:
     rows = x.numel() // x.shape[-1]
     if x.dtype is torch.bfloat16 or not x.is_cpu:
         return (rows,)
-    if x.ndim == 3 and len(x) > 1 and x.shape[1] >= 4 * r:
+    least = max(4 * r, 32)
+    if x.ndim == 3 and len(x) > 1 and x.shape[1] >= least:
         return x.shape[0], x.shape[1]
-    batch = next((n for n in (8, 4, 2) if rows % n == 0 and rows >= 4 * n * r), None)
+    batch = next((n for n in (8, 4, 2) if rows % n == 0 and rows >= n * least), None)
     return (batch, rows // batch) if batch else (rows,)
 
 
