@@ -109,10 +109,9 @@ def _versions(layer: Any) -> list[int]:
 
 
 def usual() -> bool:
-    """Whether this is plain eager execution: no tracing, no function transforms, no hooks on everything."""
+    """Whether this is plain execution: no tracing, no function transforms, no hooks on everything."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
         or hooks._global_forward_hooks
@@ -151,6 +150,8 @@ def fits(layer: Any, x: Tensor) -> bool:
 
 def run(layer: Any, x: Any) -> Tensor | None:
     """The layer's output by the short way; None where it does not apply."""
+    if torch.compiler.is_compiling():
+        return None
     group = layer.siblings
     if group is not None and group.waiting is not None and (y := group.take(layer, x)) is not None:
         return y
@@ -158,8 +159,9 @@ def run(layer: Any, x: Any) -> Tensor | None:
         return None
     if x.is_meta or x.is_inference() or torch.is_autocast_enabled(x.device.type) or not fits(layer, x):
         return None
-    scaling, layers = layer._modules["delta"].scaling, [layer]
-    if group is not None and torch.is_grad_enabled():
+    delta, layers = layer._modules["delta"], [layer]
+    scaling = delta.scaling
+    if group is not None and torch.is_grad_enabled() and delta._parameters["lora_B"].requires_grad:
         layers += group.others(layer, x, scaling)
     weights, As, Bs = zip(*map(_tensors, layers), strict=True)
     biases = [m._modules["base"]._parameters["bias"] for m in layers]
