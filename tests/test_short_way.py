@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -241,25 +242,107 @@ def test_one_sibling_in_a_checkpoint():
     same(call(net), call(plainly(net)))
 
 
-def test_nothing_waits_after_a_pass():
-    """Of a layer that was not called, or read another input, nothing stays; after a step it is left out."""
-    for leaves in ("other", "uncalled"):
-        net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-        b, other = net[1], plainly(net)[1]
-        for step in range(2):
-            results = []
-            for m in (b, other):
-                h = x * 2
-                y = m.q_proj(h).sum() * m.k_proj(h) * (m.v_proj(x).sum() if leaves == "other" else 1)
-                results.append(torch.autograd.grad(y.sum(), [x, m.k_proj.delta.lora_A]))
-            same(*results)
-            assert b.q_proj.siblings.waiting is None
-            left = [b.q_proj, b.k_proj] + [b.v_proj] * (step == 0)
-            assert b.q_proj.siblings.layers == left
-            with torch.no_grad():
-                for m in (b, other):
-                    for p in m.v_proj.delta.parameters():
-                        p.mul_(1.5)
+def set_dropout(m):
+    m.k_proj.delta.dropout = 0.999999
+    m.train()
+
+
+CHANGES = {
+    "disabled": lambda m: setattr(m.k_proj, "active", False),
+    "bias": lambda m: m.k_proj.base.bias.add_(1),
+    "other bias": lambda m: setattr(m.k_proj.base, "bias", nn.Parameter(torch.ones(4).double(), False)),
+    "scaling": lambda m: setattr(m.k_proj.delta, "scaling", 9.0),
+    "other factor": lambda m: setattr(m.k_proj.delta, "lora_B", nn.Parameter(torch.ones(4, 2).double())),
+    "hook on the base": lambda m: m.k_proj.base.register_forward_hook(lambda module, args, out: out * 2),
+    "hook on the factors": lambda m: m.k_proj.delta.register_forward_hook(lambda module, args, out: out * 2),
+    "dropout": set_dropout,
+    "unfrozen": lambda m: m.k_proj.base.weight.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_waits_is_taken_only_as_it_was(change):
+    """Whatever is changed between the first of the layers and the next."""
+    net, x = block(bias=True), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for m in (copy.deepcopy(net)[1], plainly(net)[1]):
+        q = m.q_proj(x)
+        with torch.no_grad():
+            change(m)
+        torch.manual_seed(0)
+        out = q.sum() * m.k_proj(x) + m.v_proj(x).sum()
+        given = [x, *(p for p in m.k_proj.parameters() if p.requires_grad), m.q_proj.delta.lora_A]
+        found.append([out, *torch.autograd.grad(out.sum(), given, allow_unused=True, materialize_grads=True)])
+    same(*found)
+
+
+PATTERNS = {
+    "k elsewhere": (lambda m, h, x: m.q_proj(h).sum() * m.k_proj(x).sum() * m.v_proj(h), "qv"),
+    "k and v elsewhere": (lambda m, h, x: m.q_proj(h).sum() * m.k_proj(x).sum() * m.v_proj(x), "q"),
+    "v uncalled": (lambda m, h, x: m.q_proj(h).sum() * m.k_proj(h), "qk"),
+    "q twice": (lambda m, h, x: m.q_proj(h).sum() * m.q_proj(h) * m.k_proj(h).sum() * m.v_proj(h).sum(), "qkv"),
+    "k first": (lambda m, h, x: m.k_proj(h).sum() * m.v_proj(h) * m.q_proj(h).sum(), "kvq"),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_layers_computed_in_vain_leave(pattern, checkpointed):
+    """In training with a real optimizer, two passes a step; nothing waits after a pass, nothing is kept of many."""
+    (call, stay), net, x = PATTERNS[pattern], block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for m in (copy.deepcopy(net)[1], plainly(net)[1]):
+        optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-3)
+        run = lambda x, m=m: call(m, x * 2, x)  # noqa: E731
+        for step in range(5):
+            total = 0
+            for scale in (1, 2):
+                given = (x * scale).sin()
+                total = total + (checkpoint(run, given, use_reentrant=False) if checkpointed else run(given)).sum()
+            (total / 100).backward()
+            assert step < 3 or m.q_proj.siblings is None or m.q_proj.siblings.waiting is None
+            optimizer.step(), optimizer.zero_grad()
+        results.append(list(m.parameters()))
+        if m.q_proj.direct:
+            group = next(p.siblings for p in (m.q_proj, m.k_proj, m.v_proj) if p.siblings is not None)
+            assert sorted(n[0] for n, p in m.named_children() if any(p is o for o in group.layers)) == sorted(stay)
+            assert not group.missed
+    same(*results)
+
+
+def test_a_probe_changes_nothing():
+    """One odd call, or a checkpoint that stops early, does not take layers out for good."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    m = net[1]
+    m.q_proj(x.sin()), m.k_proj(x.cos())
+    for _ in range(3):
+        (m.q_proj(x).sum() * m.k_proj(x).sum() * m.v_proj(x).sum()).backward()
+        early = lambda h: m.q_proj(h).tanh().sum() + m.k_proj(h).sum() + m.v_proj(h).sum()  # noqa: E731
+        checkpoint(early, x * 2, use_reentrant=False).backward()
+    assert m.q_proj.siblings.layers == [m.q_proj, m.k_proj, m.v_proj] and not m.q_proj.siblings.missed
+
+
+def test_an_abandoned_pass_is_let_go():
+    """After an exception between the layers nothing holds what came before: there may have been too little memory."""
+    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    b, before = net[1], x.exp()
+    h, gone = b.normed(before), weakref.ref(before)
+    b.q_proj(h)
+    assert b.q_proj.siblings.waiting is not None
+    del h, before
+    assert b.q_proj.siblings.waiting is None and gone() is None
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_batched_gradients(shape):
+    """Many gradients in one backward pass (``is_grads_batched``)."""
+    net, x = block(LoRA(r=1)), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found = []
+    for m in (net, plainly(net)):
+        y = m(x)
+        many = torch.linspace(-1, 1, 2 * y.numel(), dtype=y.dtype).view(2, *shape)
+        found.append(torch.autograd.grad(y, x, many, is_grads_batched=True))
+    same(*found)
 
 
 @pytest.mark.parametrize("crossed", ["k_proj", "v_proj", None])

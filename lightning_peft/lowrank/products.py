@@ -3,7 +3,7 @@
 ``y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ`` for frozen W and b. Layers that read the same input are one step: it is multiplied by all
 their A at once, and its gradient is one tensor that every product adds to. The correction is written first and the
 large product added to it, which costs less than the reverse. Low-rank products lie as (r, rows), which BLAS multiplies
-several times faster than (rows, r); in float32 on the CPU as (batch, r, length), in which it is half as fast again.
+several times faster than (rows, r); on the CPU (but for bfloat16) as (batch, r, length), half as fast again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lightning_peft.lowrank.inputs import Source, source, summed
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _NOTHING = Source(())
-_PRODUCTS = {2: (torch.mm, torch.addmm), 3: (torch.bmm, torch.baddbmm)}
 
 
 class Corrected(Function):
@@ -33,56 +32,49 @@ class Corrected(Function):
             ctx: autograd's.
             x: (…, in).
             found: what x is made of; empty if no A trains.
-            fixed: their weights, their biases, the scaling, a weak reference to what is to hear that the pass is over.
+            fixed: their weights, their biases, the scaling, a weak reference to the siblings (None for one layer).
             factors: every A, then every B.
         """
         weights, biases, scaling, over = fixed
         count = len(weights)
         As, Bs = factors[:count], factors[count:]
-        low, rows = _low(x, As, scaling), x.reshape(-1, x.shape[-1])
+        low = _low(x, As, scaling)
         ctx.save_for_backward(low, *weights, *factors, *[part for kind in found for part in kind])
         ctx.fixed = count, scaling, x.shape, found.sizes, over
         ctx.set_materialize_grads(False)
-        if count == 1:
-            return _corrected(rows, x.shape, weights[0], biases[0], low.mT, Bs[0])
-        each = zip(weights, biases, _parts(low.mT, As, -1), Bs, strict=True)
-        return tuple([_corrected(rows, x.shape, *one) for one in each])
+        return _outputs(x, low, weights, biases, As, Bs)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         """Gradients of x, of every A and of every B."""
         count, scaling, shape, sizes, over = ctx.fixed
-        if over is not None and (waits := over()) is not None:
-            waits.end()
         low, *rest = ctx.saved_tensors
+        if over is not None and (siblings := over()) is not None:
+            siblings.end()
         weights, As, Bs = rest[:count], rest[count : 2 * count], rest[2 * count : 3 * count]
         found, needs = Source.of(rest[3 * count :], sizes), ctx.needs_input_grad
         needs_x, needs_A, needs_B = needs[0], any(needs[3 : 3 + count]), any(needs[3 + count :])
-        again = torch.is_grad_enabled()
-        x = _connected(found, weights[0].dtype) if again and (needs_A or needs_B) else None
+        x = _connected(found, weights[0].dtype) if torch.is_grad_enabled() and (needs_A or needs_B) else None
         if x is not None:
             low = _low(x, As, scaling)
         there, lows = [i for i, dy in enumerate(dys) if dy is not None], _parts(low, As)
         if len(there) < count:
             weights, As, Bs, lows = ([kind[i] for i in there] for kind in (weights, As, Bs, lows))
-        times, lead = _PRODUCTS[low.ndim][0], (*low.shape[:-2], low.shape[-1])
+        lead, dx, dAs, dBs = (*low.shape[:-2], low.shape[-1]), None, None, None
         grads = [_shaped(dy, lead) for dy in dys if dy is not None]
-        dx = dAs = dBs = None
         if needs_B:
-            dBs = [summed(times(low, dy)).t() for low, dy in zip(lows, grads, strict=True)]
+            dBs = [summed(_times(low, dy)).t() for low, dy in zip(lows, grads, strict=True)]
         if there and (needs_x or needs_A):
-            dlow = [times(_transposed(B, dy), dy.mT) for B, dy in zip(Bs, grads, strict=True)]
-            dlow = torch.cat(dlow, -2) if len(dlow) > 1 else dlow[0]
-            dlow = dlow * scaling if again else dlow.mul_(scaling)
+            dlow = _low_gradient(grads, Bs, scaling)
             if needs_A:
-                dA = found.gradient(dlow) if x is None else summed(times(dlow, _shaped(x, lead)))
+                dA = found.gradient(dlow) if x is None else summed(_times(dlow, _shaped(x, lead)))
                 dAs = _parts(dA, As)
             if needs_x:
-                dx = _before(grads, weights, dlow, _stack(As, dlow.dtype)).view(shape)
-        return dx, None, None, *_placed(there, dAs, count), *_placed(there, dBs, count)
+                dx = _input_gradient(grads, weights, dlow, _stack(As, dlow.dtype)).view(shape)
+        return dx, None, None, *_with_gaps(there, dAs, count), *_with_gaps(there, dBs, count)
 
 
-def run(
+def outputs(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -90,11 +82,10 @@ def run(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     over: Any = None,
-) -> Any:
-    """As `Corrected.forward`; without autograd only the first layer's output."""
+) -> tuple[Tensor, ...]:
+    """Each layer's output, as `Corrected.forward`."""
     if not torch.is_grad_enabled():
-        low, rows = _low(x, As[:1], scaling), x.reshape(-1, x.shape[-1])
-        return _corrected(rows, x.shape, weights[0], biases[0], low.mT, Bs[0])
+        return _outputs(x, _low(x, As, scaling), weights, biases, As, Bs)
     found = source(x) if any(A.requires_grad for A in As) else _NOTHING
     return Corrected.apply(x, found, (weights, biases, scaling, over), *As, *Bs)
 
@@ -103,8 +94,7 @@ def _low(x: Tensor, As: Sequence[Tensor], scaling: float) -> Tensor:
     """``s·A·xᵀ``, (batch, r, length) or (r, rows)."""
     A = _stack(As, x.dtype)
     x = _shaped(x, _lead(x, len(A)))
-    low = _PRODUCTS[x.ndim][0](_spread(A, x), x.mT)
-    return low * scaling if torch.is_grad_enabled() else low.mul_(scaling)
+    return _scaled(_times(_for_each(A, x), x.mT), scaling)
 
 
 def _lead(x: Tensor, r: int) -> tuple[int, ...]:
@@ -119,14 +109,28 @@ def _lead(x: Tensor, r: int) -> tuple[int, ...]:
     return (batch, rows // batch) if batch else (rows,)
 
 
-def _corrected(rows: Tensor, shape: torch.Size, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
+def _outputs(x: Tensor, low: Tensor, weights: Any, biases: Any, As: Sequence[Tensor], Bs: Any) -> tuple[Tensor, ...]:
+    rows, lows = x.reshape(-1, x.shape[-1]), _parts(low.mT, As, -1)
+    each = zip(weights, biases, lows, Bs, strict=True)
+    return tuple([_output(rows, x.shape, *one) for one in each])
+
+
+def _output(rows: Tensor, shape: torch.Size, weight: Tensor, bias: Tensor | None, low: Tensor, B: Tensor) -> Tensor:
     """``rows·Wᵀ + b + low·Bᵀ`` in the shape of the layer's output; low: (batch, length, r) or (rows, r)."""
-    times, plus = _PRODUCTS[low.ndim]
     B = _transposed(B, low)
-    y = times(low, B) if bias is None else plus(bias, low, B)
+    y = _times(low, B) if bias is None else (torch.addmm if low.ndim == 2 else torch.baddbmm)(bias, low, B)
     (y if y.ndim == 2 else y.view(-1, y.shape[2])).addmm_(rows, weight.t())
     # a view could not be written into by its user
     return y if y.shape[:-1] == shape[:-1] else _unsafe_view(y, (*shape[:-1], y.shape[-1]))
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)  # `matmul` is several calls into torch
+
+
+def _scaled(tensor: Tensor, scaling: float) -> Tensor:
+    """In place unless this is to be differentiated again."""
+    return tensor * scaling if torch.is_grad_enabled() else tensor.mul_(scaling)
 
 
 def _shaped(x: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -134,7 +138,7 @@ def _shaped(x: Tensor, lead: tuple[int, ...]) -> Tensor:
     return x if x.shape[:-1] == lead else x.reshape(*lead, x.shape[-1])
 
 
-def _spread(matrix: Tensor, like: Tensor) -> Tensor:
+def _for_each(matrix: Tensor, like: Tensor) -> Tensor:
     """Once for each batch."""
     return matrix if like.ndim == 2 else matrix.expand(len(like), -1, -1)
 
@@ -158,17 +162,23 @@ def _parts(stacked: Tensor, As: Sequence[Tensor], dim: int = -2) -> Sequence[Ten
     return torch.split_with_sizes(stacked, [len(A) for A in As], dim) if len(As) > 1 else (stacked,)
 
 
-def _before(dys: Sequence[Tensor], weights: Sequence[Tensor], dlow: Tensor, A: Tensor) -> Tensor:
+def _low_gradient(dys: Sequence[Tensor], Bs: Sequence[Tensor], scaling: float) -> Tensor:
+    """Gradient of ``x·Aᵀ``, of all layers, as `_low` lies."""
+    parts = [_times(_transposed(B, dy), dy.mT) for B, dy in zip(Bs, dys, strict=True)]
+    return _scaled(torch.cat(parts, -2) if len(parts) > 1 else parts[0], scaling)
+
+
+def _input_gradient(dys: Sequence[Tensor], weights: Sequence[Tensor], dlow: Tensor, A: Tensor) -> Tensor:
     """Gradient of the input, (rows, in); all add to one tensor unless this is to be differentiated again."""
-    dx = _PRODUCTS[dlow.ndim][0](dlow.mT, _spread(A, dlow))
+    dx = _times(dlow.mT, _for_each(A, dlow))
     dx = dx if dx.ndim == 2 else dx.view(-1, dx.shape[2])
     for dy, weight in zip(dys, weights, strict=True):
-        dy = dy if dy.ndim == 2 else dy.flatten(0, 1)
+        dy = dy if dy.ndim == 2 else dy.reshape(-1, dy.shape[2])
         dx = torch.addmm(dx, dy, weight) if torch.is_grad_enabled() else dx.addmm_(dy, weight)
     return dx
 
 
-def _placed(there: list[int], grads: Sequence[Tensor] | None, count: int) -> Sequence[Tensor | None]:
+def _with_gaps(there: list[int], grads: Sequence[Tensor] | None, count: int) -> Sequence[Tensor | None]:
     """One for each layer; None for those whose output was not used."""
     if grads is None:
         return (None,) * count
