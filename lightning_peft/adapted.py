@@ -1,18 +1,45 @@
-"""What stands in the place of an adapted module: the untouched base, and beside it what trains."""
+"""Adapting a layer in place: the layer stays the same object, its class is swapped for a subclass made on the fly.
+
+This is how PyTorch itself goes about it in ``fully_shard`` and ``torch.nn.utils.parametrize``. After ``adapt`` a layer
+is still an instance of its own class, every reference to it holds, and its tensors keep their names; beside them it has
+
+* ``delta``, a submodule with everything that trains, and
+* ``_adapter``, one plain object (`AdapterState`) with everything else that adapting needs to remember.
+
+A kind of adapted layer is a subclass of `Adapted` that overrides ``forward``::
+
+    class ScaledOutput(Adapted):
+        def forward(self, input):
+            output = self._base_forward(input)
+            return output * self.delta.scale if self._adapter.active else output
+
+    adapt(layer, ScaledOutput, delta)      # layer.__class__ is now a subclass of ScaledOutput and of Linear
+    release(layer)                         # and now it is Linear again
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import copyreg
+import functools
+import inspect
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.errors import MergeError, PEFTError
+from lightning_peft.bytecode import calls_super_of_own_class, tensor_reads, walks_over_parts
+from lightning_peft.errors import ConfigError, MergeError, PEFTError
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import gathered, sharded, write
 
 _NARROW = (torch.float16, torch.bfloat16)
+#: a hook's key that torch never gives out
+_EMPTY_HOOK = -1
 
 
 class Delta(nn.Module):
@@ -44,38 +71,73 @@ class Delta(nn.Module):
         return super()._apply(keep, recurse)
 
 
-class Adapted(nn.Module):
-    """A module with an adapter: ``base`` is the untouched original, ``delta`` holds what trains.
+class AdapterState:
+    """What an adapted layer remembers, at ``layer._adapter``. Kinds of layers that need more use a subclass.
 
-    Attributes the wrapper lacks (``weight``, ``in_features``, …) are those of the base, so code that looks inside
-    keeps working. ``active`` is False while the adapter is switched off or merged.
+    Attributes:
+        active: False while the adapter is switched off or merged.
+        originals: base parameters that merged ones have replaced, by name; copies of those that are split over
+            processes.
+        base_forward: a ``forward`` that was set on the instance before injection (as accelerate does).
+        window: corrected tensors that were read so far, while code may read them; None while the window is closed.
+        hides_delta: whether the base's forward walks over its parts, and must not meet ``delta`` there.
+        must_be_called: whether torch's fused encoder layers, which read weights and call nothing, must stay off.
+        reads: paths of adapted layers inside this one whose tensors its forward reads instead of calling them.
     """
 
-    active: bool
-
-    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
-        super().__init__()
-        self.base, self.delta = base, delta
+    def __init__(self) -> None:
         self.active = True
-        #: base parameters replaced by merged ones (outside parameters()); copies of those that are split over processes
         self.originals: dict[str, nn.Parameter] = {}
-        self.train(base.training)
+        self.base_forward: Callable[..., Any] | None = None
+        self.window: dict[tuple[str, bool], Tensor] | None = None
+        self.hides_delta = False
+        self.must_be_called = False
+        self.reads: tuple[str, ...] = ()
+
+    def switch(self, layer: nn.Module, on: bool) -> None:
+        """Switch the adapter on or off."""
+        self.active = on
+        # torch's encoder layers take their fused path only if no module inside them has a hook. So an adapter that
+        # must be called carries an empty one, and while it is switched off the base has its fused path back.
+        layer._forward_pre_hooks.pop(_EMPTY_HOOK, None)
+        if on and self.must_be_called:
+            layer._forward_pre_hooks[_EMPTY_HOOK] = _do_nothing
+
+
+class Adapted(nn.Module):
+    """What every adapted layer is, beside an instance of its own class. Subclasses override `forward`.
+
+    A subclass that corrects weights also defines `merged` and, if the corrected tensors may be read by other code,
+    `_corrected`.
+    """
+
+    _adapter: AdapterState
+    delta: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base and add the correction; each method defines it."""
+        """The layer's output with the correction; each kind defines it."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def merged(self) -> dict[str, Tensor]:
-        """Base parameters with the adapter folded in, by their name in ``base``; float32 or wider.
+        """The base's parameters with the adapter folded in, by name; float32 or wider.
 
         Raises:
             MergeError: the method cannot be folded into weights.
         """
-        raise MergeError(f"{type(self).__name__} cannot be merged into weights.")
+        raise MergeError(f"The adapter of {type(self).__name__} cannot be merged into weights.")
 
-    def obstacle(self) -> str | None:
+    def _readable(self) -> tuple[str, ...]:
+        """Names of the tensors that other code may read corrected, through `_corrected`."""
+        return ()
+
+    def _corrected(self, name: str) -> Tensor:
+        """The tensor called ``name`` as code that reads it must see it, while a window is open."""
+        own = base_tensor(self, name)
+        return self.merged()[name].to(own.dtype)
+
+    def _obstacle(self) -> str | None:
         """Why the base cannot take merged tensors, or None."""
-        width = packed(self.base)
+        width = packed(self)
         if width is None:
             return None
         return (
@@ -83,71 +145,428 @@ class Adapted(nn.Module):
             " was trained."
         )
 
-    def merge(self) -> None:
-        """Swap the merged tensors in; the originals are kept, so that `unmerge` restores the very same objects."""
-        if reason := self.obstacle():
-            raise MergeError(f"Cannot merge: {reason}")
-        with torch.no_grad(), gathered(self.modules(), keep=False):
-            tensors = self.merged()
-        for name, tensor in tensors.items():
-            if name not in dict(self.base.named_parameters()):
-                raise MergeError(
-                    f"{type(self.base).__name__}.{name} is computed at each call (weight_norm, spectral_norm or another"
-                    " parametrization), so nothing can be merged into it. Remove the parametrization before injection."
-                )
-            if not tensor.is_meta and not torch.isfinite(tensor).all():
-                raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
-        for name, tensor in tensors.items():
-            old = self.base.get_parameter(name)
-            if sharded(old):  # FSDP gathers from the parameter it knows
-                self.originals[name] = nn.Parameter(old.detach().clone(), requires_grad=False)
-                write(old, tensor.to(old.dtype))
-                continue
-            self.originals[name] = old
-            self._put(name, nn.Parameter(tensor.to(old.dtype), requires_grad=False))
-        self.active = False
+    def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the base's code, which may meet corrected tensors."""
+        state = self._adapter
+        forward = state.base_forward or super().forward
+        if not state.reads:
+            return forward(*args, **kwargs)
+        with windows([self.get_submodule(path) for path in state.reads]):
+            return forward(*args, **kwargs)
 
-    def unmerge(self) -> None:
-        """Put the original base parameters back."""
-        for name, old in self.originals.items():
-            now = self.base.get_parameter(name)
-            if sharded(now):
-                write(now, old)
-                continue
-            if old.device != now.device:
-                old.data = old.data.to(now.device)
-            self._put(name, old)
-        self.originals = {}
-        self.active = True
-
-    def _put(self, name: str, value: nn.Parameter) -> None:
-        owner, _, leaf = name.rpartition(".")
-        self.base.get_submodule(owner)._parameters[leaf] = value
-
-    def __getattr__(self, name: str) -> Any:
+    def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward as it was before injection. It sees its own tensors, and no ``delta`` among its parts."""
+        state = self._adapter
+        if state.window is None and not state.hides_delta:
+            return self._own_forward(*args, **kwargs)
+        window, state.window = state.window, None
+        parts = self._modules
+        if state.hides_delta:
+            self.__dict__["_modules"] = {name: part for name, part in parts.items() if name != "delta"}
         try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None:
-                raise
-            return getattr(base, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # `lm_head.weight = embedding.weight` (tying after injection) must reach the base
-        base = self.__dict__.get("_modules", {}).get("base")
-        if base is not None and name in base._parameters:
-            setattr(base, name, value)
-        else:
-            super().__setattr__(name, value)
+            return self._own_forward(*args, **kwargs)
+        finally:
+            self.__dict__["_modules"] = parts
+            state.window = window
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        if self.originals:
-            self.unmerge()
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            if key[len(prefix) :].split(".", 1)[0] not in self._modules:  # a plain checkpoint of the base fits as well
-                state_dict[f"{prefix}base.{key[len(prefix) :]}"] = state_dict.pop(key)
+        if self._adapter.originals:
+            unmerge_layer(self)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        # replicas run in threads: each opens windows of its own
+        replica._adapter = copy.copy(self._adapter)
+        return replica
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the kind and the base class, as a class made on the fly cannot be found by its name."""
+        function, arguments, *rest = super().__reduce_ex__(protocol)
+        recipe = type(self).__dict__.get("_adapted_from")
+        if recipe is None or function is not copyreg.__newobj__:
+            return (function, arguments, *rest)
+        return (_new_adapted, (*recipe, *arguments[1:]), *rest)
+
+
+class _SequentialParts:
+    """Hides ``delta`` from the length of an `nn.Sequential` and from loops over it: it is not one of the steps."""
+
+    _modules: dict[str, nn.Module]
+
+    def __len__(self) -> int:
+        return len(self._modules) - ("delta" in self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([part for name, part in self._modules.items() if name != "delta"])
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)  # type: ignore[misc]
+        steps = [(name, part) for name, part in self._modules.items() if name != "delta"]
+        return nn.Sequential(OrderedDict(steps[index]))
+
+
+# ---- adapting and releasing ----------------------------------------------------------------------------------------
+def adapt(layer: nn.Module, kind: type[Adapted], delta: nn.Module | None, state: AdapterState | None = None) -> Any:
+    """Swap the class of a layer for one that is ``kind`` and its own class at once. In place; returns the layer.
+
+    Args:
+        layer: the module to adapt; it stays the same object.
+        kind: how it computes from now on.
+        delta: what trains; becomes the submodule ``delta``. None for a kind that adds nothing itself.
+        state: for kinds that keep more than `AdapterState`.
+
+    Raises:
+        ConfigError: the layer cannot be adapted in place.
+
+    >>> from torch import nn
+    >>> from lightning_peft import Delta
+    >>> layer = nn.Linear(2, 2)
+    >>> adapt(layer, Adapted, Delta()) is layer, isinstance(layer, nn.Linear), type(layer).__name__
+    (True, True, 'Linear')
+    >>> release(layer); type(layer) is nn.Linear
+    True
+    """
+    base = type(layer)
+    _check_adaptable(layer, kind)
+    if delta is not None and hasattr(layer, "delta"):
+        raise ConfigError(
+            f"{base.__name__} ({base.__module__}) cannot be adapted: it has an attribute 'delta' of its own, the name"
+            " under which adapters are kept. Rename it, or leave the module out with exclude_modules."
+        )
+    try:
+        layer.__class__ = adapted_class(kind, base)
+    except TypeError as error:
+        raise ConfigError(f"{base.__name__} cannot be adapted: its class cannot be changed ({error}).") from None
+    state = AdapterState() if state is None else state
+    layer.__dict__["_adapter"] = state
+    state.base_forward = layer.__dict__.pop("forward", None)
+    # the loop of a Sequential itself is taken care of by `_SequentialParts`
+    state.hides_delta = walks_over_parts(base) and base.forward is not nn.Sequential.forward
+    if delta is not None:
+        delta.train(layer.training)
+        layer.add_module("delta", delta)
+    state.switch(layer, True)
+    return layer
+
+
+def release(layer: nn.Module) -> None:
+    """Undo `adapt`: the layer gets its own class back, and what was added to it goes."""
+    state = layer._adapter
+    state.switch(layer, False)
+    layer._modules.pop("delta", None)
+    del layer.__dict__["_adapter"]
+    layer.__class__ = _without_adapter(type(layer))
+    if state.base_forward is not None:
+        layer.__dict__["forward"] = state.base_forward
+
+
+def check_releasable(layer: nn.Module, name: str) -> None:
+    """Raise a `PEFTError` if code has since put a forward on the instance that leads to the adapted one."""
+    if "forward" in layer.__dict__:
+        raise PEFTError(
+            f"{name!r} got a `forward` of its own after the adapters were injected (accelerate's hooks do that), and it"
+            " calls the adapted layer. Remove it first (accelerate.hooks.remove_hook_from_module), or set it before"
+            " injection."
+        )
+
+
+def base_class(layer: nn.Module) -> type[nn.Module]:
+    """The class a layer had before it was adapted; that of any other module is its own."""
+    return _without_adapter(type(layer)) if isinstance(layer, Adapted) else type(layer)
+
+
+@functools.cache
+def adapted_class(kind: type, base: type, readable: tuple[str, ...] = ()) -> type:
+    """The class of an adapted layer: a subclass of both, which carries the name of ``base``.
+
+    Args:
+        kind: a subclass of `Adapted`.
+        base: the layer's own class.
+        readable: tensors that answer their corrected values while a window is open (see `windows`).
+    """
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_adapted_from": (kind, base, readable),
+    }
+    for name in readable:
+        namespace[name] = _readable_property(name, inspect.getattr_static(base, name, None))
+    bases = (kind, _SequentialParts, base) if issubclass(base, nn.Sequential) else (kind, base)
+    return types.new_class(base.__name__, bases, exec_body=lambda body: body.update(namespace))
+
+
+def make_readable(layer: nn.Module, names: tuple[str, ...]) -> None:
+    """Let tensors of an adapted layer answer their corrected values while a window is open."""
+    kind, base, known = type(layer)._adapted_from
+    layer.__class__ = adapted_class(kind, base, tuple(dict.fromkeys(known + names)))
+
+
+def _new_adapted(kind: type, base: type, readable: tuple[str, ...], *arguments: Any) -> Any:
+    made = adapted_class(kind, base, readable)
+    return copyreg.__newobj__(made, *arguments)
+
+
+def _without_adapter(kind: type) -> type:
+    """The class without its adapter. What was put on top of it later (FSDP, a parametrization) stays."""
+    recipe = kind.__dict__.get("_adapted_from")
+    if recipe is not None:
+        return recipe[1]
+    if not issubclass(kind, Adapted):
+        return kind
+    bases = tuple(_without_adapter(parent) for parent in kind.__bases__)
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(kind.__name__, bases, exec_body=lambda body: body.update(own))
+
+
+def _check_adaptable(layer: nn.Module, kind: type[Adapted]) -> None:
+    base = type(layer)
+    refusal = f"{base.__name__} ({base.__module__}) cannot be adapted: "
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ConfigError(refusal + "it is a ScriptModule, whose code is fixed. Adapt it before torch.jit.script.")
+    # what the kind defines for itself; the base's own attribute of that name would be hidden
+    names = [name for parent in kind.__mro__ if issubclass(parent, Adapted) for name in vars(parent)]
+    added = {name for name in names if not name.startswith("__") and not hasattr(nn.Module, name)}
+    for name in sorted(added | {"_adapter"}):
+        if hasattr(layer, name):
+            raise ConfigError(
+                refusal + f"it has an attribute {name!r} of its own, a name that adapters use. Rename it, or leave the"
+                " module out with exclude_modules."
+            )
+    if calls_super_of_own_class(base):
+        raise ConfigError(
+            refusal + "its code calls super(self.__class__, self), which never ends in a subclass. Write super(), or"
+            " leave the module out with exclude_modules."
+        )
+
+
+def _do_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that is there to be seen."""
+
+
+# ---- tensors that other code reads ---------------------------------------------------------------------------------
+def base_tensor(layer: nn.Module, name: str, *default: Any) -> Any:
+    """A tensor of the base, wherever it stands: a parameter, a plain attribute (pruning, the older weight_norm), a
+    property of the class (parametrizations)."""
+    state = layer._adapter
+    window, state.window = state.window, None
+    try:
+        return getattr(layer, name, *default)
+    finally:
+        state.window = window
+
+
+@contextmanager
+def windows(layers: list[Any]) -> Iterator[None]:
+    """While the block runs, tensors of these layers that were made readable answer their corrected values.
+
+    At every other moment they are the parameters themselves, so that initialising, tying, pruning, sharding and the
+    like meet those.
+    """
+    opened = [layer._adapter for layer in layers if layer._adapter.active and layer._adapter.window is None]
+    for state in opened:
+        state.window = {}
+    try:
+        yield
+    finally:
+        for state in opened:
+            state.window = None
+
+
+class CorrectedWeights(Adapted):
+    """A layer that is corrected at its weights: while its forward runs, they answer their corrected values.
+
+    So whatever the forward computes from them is right. The corrected tensors, as large as the weights themselves, live
+    until the backward pass.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments and result are those of the base."""
+        if not self._adapter.active:
+            return self._own_forward(*args, **kwargs)
+        self._check_class()
+        with windows([self]):
+            return self._own_forward(*args, **kwargs)
+
+    def _check_class(self) -> None:
+        """A parametrization that was registered after injection hides the weight, and with it the correction."""
+        for kind in type(self).__mro__:
+            if "_adapted_from" in kind.__dict__:
+                return
+            for name in self._readable():
+                if name in kind.__dict__:
+                    raise PEFTError(
+                        f"{type(self).__name__}.{name} was parametrized after the adapters were injected, and the"
+                        " adapter, which corrects that weight, would have no effect. Register the parametrization"
+                        " before injection."
+                    )
+
+
+class ReadingParent(Adapted):
+    """A module that is not adapted itself, but whose forward reads tensors of adapted layers inside it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base; the layers whose tensors it reads answer the corrected ones meanwhile."""
+        return self._own_forward(*args, **kwargs)
+
+    def merged(self) -> dict[str, Tensor]:
+        """Nothing: it has no tensors of an adapter."""
+        return {}
+
+
+class ReadingForward:
+    """Stands in for the forward of a network's root that reads tensors of adapted layers; a root keeps its class."""
+
+    def __init__(self, root: nn.Module, reads: tuple[str, ...]) -> None:
+        self.root, self.reads = root, reads
+        self.earlier = root.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.earlier or type(self.root).forward.__get__(self.root)
+        with windows([self.root.get_submodule(path) for path in self.reads]):
+            return forward(*args, **kwargs)
+
+
+def open_to_readers(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Find modules whose code reads tensors of adapted layers instead of calling them, and let them read the corrected.
+
+    Returns:
+        The readers' names with the layers they read.
+    """
+    found = []
+    for reader_name, reader in list(root.named_modules()):
+        if isinstance(reader, Delta):
+            continue
+        reads = []
+        for path, tensor in tensor_reads(base_class(reader)):
+            for place, layer in _meant_by(reader, path):
+                if isinstance(layer, Adapted) and tensor in layer._readable():
+                    make_readable(layer, layer._readable())
+                    reads.append(place)
+                    found.append((reader_name, layer))
+        if reads:
+            _let_read(reader, tuple(dict.fromkeys(reads)), is_root=reader is root)
+    return found
+
+
+def close_to_readers(root: nn.Module) -> None:
+    """Undo `open_to_readers`."""
+    for module in root.modules():
+        if isinstance(module, ReadingParent):
+            release(module)
+    forward = root.__dict__.get("forward")
+    if isinstance(forward, ReadingForward):
+        del root.__dict__["forward"]
+        if forward.earlier is not None:
+            root.__dict__["forward"] = forward.earlier
+
+
+def _let_read(reader: Any, reads: tuple[str, ...], *, is_root: bool) -> None:
+    if is_root:
+        current = reader.__dict__.get("forward")
+        if isinstance(current, ReadingForward):  # another method in the same list came first
+            current.reads += reads
+        else:
+            reader.__dict__["forward"] = ReadingForward(reader, reads)
+        return
+    if not isinstance(reader, Adapted):
+        adapt(reader, ReadingParent, None)
+    reader._adapter.reads += reads
+
+
+def _meant_by(reader: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """Adapted layers inside a reader that an expression in its code may mean: those at the path, or, for a variable
+    whose path is not known, the reader's own parts, also in lists and dicts of them."""
+    if path:
+        try:
+            return [(path, reader.get_submodule(path))]
+        except AttributeError:
+            return []
+    found = []
+    for name, part in reader.named_children():
+        if isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            found += [(f"{name}.{key}", inner) for key, inner in part.named_children()]
+        found.append((name, part))
+    return found
+
+
+def _readable_property(name: str, inherited: Any) -> property:
+    """A property for one tensor of an adapted layer. ``inherited`` is what the base's class has under that name."""
+
+    def get(layer: Any) -> Any:
+        window = layer.__dict__["_adapter"].window
+        if window is not None:
+            # computed once for each forward; a value read under no_grad has no history, so it is kept apart
+            key = (name, torch.is_grad_enabled())
+            if key not in window:
+                try:
+                    window[key] = layer._corrected(name)
+                except AttributeError as error:  # Python would take it for a missing weight, and ask the base for it
+                    raise PEFTError(f"Correcting {name!r} of {type(layer).__name__} failed: {error}") from error
+            return window[key]
+        if hasattr(inherited, "__get__"):
+            return inherited.__get__(layer, type(layer))
+        if name in layer.__dict__:
+            return layer.__dict__[name]
+        return nn.Module.__getattr__(layer, name)
+
+    def put(layer: Any, value: Any) -> None:
+        if hasattr(inherited, "__set__"):
+            inherited.__set__(layer, value)
+        else:
+            layer.__dict__[name] = value
+
+    def remove(layer: Any) -> None:
+        if hasattr(inherited, "__delete__"):
+            inherited.__delete__(layer)
+        elif layer.__dict__.pop(name, None) is None:
+            raise AttributeError(name)
+
+    return property(get, put, remove)
+
+
+# ---- merging one layer ---------------------------------------------------------------------------------------------
+def merge_layer(layer: Any) -> None:
+    """Swap the merged tensors in; the originals are kept, so that `unmerge_layer` restores the very same objects."""
+    if reason := layer._obstacle():
+        raise MergeError(f"Cannot merge: {reason}")
+    with torch.no_grad(), gathered(layer.modules(), keep=False):
+        tensors = layer.merged()
+    for name, tensor in tensors.items():
+        if name not in layer._parameters:
+            raise MergeError(
+                f"{type(layer).__name__}.{name} is computed at each call (weight_norm, spectral_norm or another"
+                " parametrization), so nothing can be merged into it. Remove the parametrization before injection."
+            )
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
+    state = layer._adapter
+    for name, tensor in tensors.items():
+        original = layer._parameters[name]
+        if sharded(original):  # FSDP gathers from the parameter it knows
+            state.originals[name] = nn.Parameter(original.detach().clone(), requires_grad=False)
+            write(original, tensor.to(original.dtype))
+        else:
+            state.originals[name] = original
+            layer._parameters[name] = nn.Parameter(tensor.to(original.dtype), requires_grad=False)
+    state.switch(layer, False)
+
+
+def unmerge_layer(layer: Any) -> None:
+    """Put the original parameters back."""
+    state = layer._adapter
+    for name, original in state.originals.items():
+        merged = layer._parameters[name]
+        if sharded(merged):
+            write(merged, original)
+            continue
+        if original.device != merged.device:
+            original.data = original.data.to(merged.device)
+        layer._parameters[name] = original
+    state.originals = {}
+    state.switch(layer, True)
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:

@@ -16,14 +16,17 @@ from lightning_peft.errors import CheckpointError
 
 @contextmanager
 def undone_on_error(root: nn.Module) -> Iterator[None]:
-    """Bring modules, parameters, hooks and ``requires_grad`` flags below ``root`` back if the block fails."""
-    before = [(m, dict(m.__dict__), {k: dict(v) for k, v in m.__dict__.items() if isinstance(v, dict)}) for m in
-              root.modules()]  # fmt: skip
+    """Bring classes, parts, parameters, hooks and ``requires_grad`` flags below ``root`` back if the block fails."""
+    before = []
+    for module in root.modules():
+        tables = {key: dict(value) for key, value in module.__dict__.items() if isinstance(value, dict)}
+        before.append((module, type(module), dict(module.__dict__), tables))
     flags = [(p, p.requires_grad) for p in root.parameters()]
     try:
         yield
     except BaseException:
-        for module, attributes, tables in before:
+        for module, kind, attributes, tables in before:
+            module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for key, table in tables.items():  # in place: handles of hooks know these very objects

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Delta
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.fingerprint import sketch_of
 from lightning_peft.injection import inject
@@ -92,8 +92,7 @@ def base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield prefix + name, tensor
         for name, child in module._modules.items():
             if child is not None and not isinstance(child, Delta):
-                inner = isinstance(module, Adapted) and name == "base"
-                yield from visit(child, prefix if inner else f"{prefix}{name}.")
+                yield from visit(child, f"{prefix}{name}.")
 
     return visit(root, "")
 

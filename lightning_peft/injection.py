@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_peft.adapted import check_releasable, close_to_readers, open_to_readers
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.fields import settle
 from lightning_peft.fingerprint import fingerprint
@@ -21,6 +23,7 @@ from lightning_peft.switching import is_complete, refuse_complete, reset_buffers
 from lightning_peft.trainable import (
     MARK,
     Injection,
+    adapted_modules,
     find,
     network,
     persistent_buffers,
@@ -101,6 +104,7 @@ def place(
     with undone_on_error(root):
         for m, chosen in zip(methods, targets, strict=True):
             m.attach(root, chosen)
+        _open_to_readers(root)
     for parameter in base:
         parameter.requires_grad_(False)
     for parameter in thawed:
@@ -128,6 +132,7 @@ def unload(model: nn.Module) -> None:
     refuse_complete(injection, "unload")
     refuse_flat(model, "unload")
     refuse_disabled(injection, "unload")
+    check_removable(root)
     switch(injection, root, merged=False)
     reshard(root)
     values = dict(root.named_parameters())
@@ -139,12 +144,31 @@ def unload(model: nn.Module) -> None:
 
 
 def remove(injection: Injection, root: nn.Module) -> None:
-    """Take wrappers and record out of the network; base values stay as they are."""
+    """Take adapters and record out of the network; base values stay as they are."""
+    close_to_readers(root)
     for m, names in zip(reversed(injection.methods), reversed(injection.targets), strict=True):
         m.detach(root, names)
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(injection.flags.get(name, parameter.requires_grad))
     del root.__dict__[MARK]
+
+
+def check_removable(root: nn.Module) -> None:
+    """Raise a `PEFTError` if adapters cannot be taken out of their layers."""
+    for name, layer in adapted_modules(root):
+        check_releasable(layer, name)
+
+
+def _open_to_readers(root: nn.Module) -> None:
+    for reader_name, layer in open_to_readers(root):
+        reader, dropout = root.get_submodule(reader_name), getattr(layer.delta, "dropout", 0)
+        # torch's own encoder layer reads weights only in inference, where nothing is dropped
+        if dropout and not isinstance(reader, nn.TransformerEncoderLayer):
+            warnings.warn(
+                f"{type(reader).__name__} reads the weights of its projections, where no input can be dropped:"
+                f" dropout={dropout} does not act in {reader_name or 'it'}.",
+                stacklevel=2,
+            )
 
 
 def as_methods(method: Methods) -> list[Method]:

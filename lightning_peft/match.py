@@ -111,7 +111,8 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if any(name.startswith(c) for c in closed):
             continue
-        if is_metric(module) or isinstance(module, (Adapted, Delta)):
+        taken = isinstance(module, Adapted) and "delta" in module._modules
+        if is_metric(module) or taken or isinstance(module, Delta):
             closed.append(name + ".")
         elif name:
             found[name] = module

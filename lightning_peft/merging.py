@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_peft.adapted import Adapted
 from lightning_peft.errors import MergeError
-from lightning_peft.injection import remove
+from lightning_peft.injection import check_removable, remove
 from lightning_peft.switching import switch
-from lightning_peft.trainable import adapted_modules, refuse_disabled, refuse_flat, require
+from lightning_peft.trainable import adapted_modules, adapter_parameters, refuse_disabled, refuse_flat, require
 
 
 def merge(model: nn.Module) -> None:
@@ -50,7 +49,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_and_unload(model: nn.Module) -> None:
-    """Merge for good: the original modules with merged weights stay, wrappers and record go. In place.
+    """Merge for good: the modules stay with merged weights, adapters and record go. In place.
 
     >>> from torch import nn
     >>> from lightning_peft import LoRA, inject, merge_and_unload
@@ -61,6 +60,7 @@ def merge_and_unload(model: nn.Module) -> None:
     injection, _, root = require(model)
     refuse_disabled(injection, "merge_and_unload")
     refuse(model)
+    check_removable(root)
     tied = tied_parameters(root)
     switch(injection, root, merged=True)
     remove(injection, root)
@@ -91,21 +91,17 @@ def refuse(model: nn.Module) -> None:
 
 def obstacle(model: nn.Module) -> str | None:
     """Why base weights of this model cannot take merged values (packed to few bits), or None."""
-    return next((reason for _, m in adapted_modules(model) if (reason := m.obstacle())), None)
+    return next((reason for _, m in adapted_modules(model) if (reason := m._obstacle())), None)
 
 
 def tied_parameters(root: nn.Module) -> set[tuple[str, ...]]:
-    """Groups of names, as they were before injection, that stand for one parameter."""
+    """Groups of names that stand for one parameter of the base."""
     names: dict[int, list[str]] = {}
-    wrappers = {n for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, Adapted)}
+    added = adapter_parameters(root)
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(_bare(name, wrappers))
+        if id(parameter) not in added:
+            names.setdefault(id(parameter), []).append(name)
     return {tuple(sorted(group)) for group in names.values() if len(group) > 1}
-
-
-def _bare(name: str, wrappers: set[str]) -> str:
-    parts = name.split(".")
-    return ".".join(p for i, p in enumerate(parts) if p != "base" or ".".join(parts[:i]) not in wrappers)
 
 
 def _separate(root: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -3,20 +3,18 @@
 ========================================  ============================================================================
 family                                    parts it uses
 ========================================  ============================================================================
-LoRA and relatives                        ``wrap(linear) -> Adapted``; ``Adapted.merged`` gives the new base tensors
-bottleneck adapters                       ``wrap(sub-layer)``: the module whose output is h (dropout, LayerNorm, block)
-parallel adapters                         ``wrap`` the sub-layer's output; ``attach`` lets it listen to the input
-prefixes inside attention                 ``wrap(attention)``: the wrapper makes its key/values known while base runs
-virtual tokens                            ``wrap(embedding)`` in place of placeholders; ``wrap(backbone)`` where the
-                                          sequence grows between the embedding and the last hidden state; ``attach``
-                                          and ``detach`` where the backbone is the root and has no parent
+LoRA and relatives                        ``adapt(linear)``; ``Adapted.merged`` gives the new base tensors
+bottleneck adapters                       ``adapt(sub-layer)``: the module whose output is h (dropout, LayerNorm, block)
+parallel adapters                         ``adapt`` the sub-layer's output; ``attach`` lets it listen to the input
+prefixes inside attention                 ``adapt(attention)``: its keys and values get longer while its forward runs
+virtual tokens                            ``adapt(embedding)`` in place of placeholders; `connect` puts hooks on the
+                                          backbone, in which the sequence is longer
 weights that follow the product           ``after_step`` takes the snapshot, ``state_names`` saves it
 state shared by modules                   ``connect`` registers one ``Delta`` in all: ``named_parameters`` names it once
 loss terms                                ``regularizer``: the callback adds its gradient to those of the loss
 gradient transforms                       ``transform_grads``, called on unscaled gradients before clipping
 optimizer groups                          ``param_groups``
-siblings that read one input              ``connect`` sees all wrapped modules and may link those with one parent
-full fine-tuning, BitFit                  ``thaw`` names the base parameters that train; nothing is wrapped
+full fine-tuning, BitFit                  ``thaw`` names the base parameters that train; nothing is adapted
 ========================================  ============================================================================
 """
 
@@ -33,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, is_conv1d
+from lightning_peft.adapted import Adapted, is_conv1d, release
 from lightning_peft.errors import ConfigError
 from lightning_peft.heads import head_names
 from lightning_peft.match import candidates, select
@@ -42,7 +40,7 @@ from lightning_peft.match import candidates, select
 class Method(ABC):
     """A way to fine-tune. Subclasses are frozen dataclasses: their fields are the configuration (and the YAML).
 
-    A method must define `wrap` (or `thaw`); everything else has a default. The optional parts are plain functions of
+    A method must define `adapt` (or `thaw`); everything else has a default. The optional parts are plain functions of
     the model, driven by the ``PEFT`` callback and usable without Lightning.
     """
 
@@ -68,7 +66,7 @@ class Method(ABC):
 
     # ---- where -----------------------------------------------------------------------------------------------------
     def adapts(self, module: nn.Module) -> bool:
-        """Whether `wrap` can take this module (its type)."""
+        """Whether `adapt` can take this module (its type)."""
         return False
 
     def is_linear(self, module: nn.Module) -> bool:
@@ -76,7 +74,7 @@ class Method(ABC):
         return isinstance(module, nn.Linear) or is_conv1d(module)
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-        """The modules to wrap, by full name. Default: ``target_modules`` minus ``exclude_modules``, in ``layers``."""
+        """The modules to adapt, by full name. Default: ``target_modules`` minus ``exclude_modules``, in ``layers``."""
         patterns = getattr(self, "target_modules", None)
         if patterns is None:
             return {}
@@ -84,8 +82,8 @@ class Method(ABC):
         if not modules and any(True for _ in model.parameters()):
             kind = type(model).__name__
             raise ConfigError(
-                f"{kind} is itself a layer: an adapter takes the place of a layer inside a module, and here there is"
-                f" none around it. Use nn.Sequential({kind}(...)), or give the module that holds it."
+                f"{kind} is itself a layer: adapters are named by their place inside a module, and here there is none"
+                f" around it. Use nn.Sequential({kind}(...)), or give the module that holds it."
             )
         return select(
             modules,
@@ -104,24 +102,30 @@ class Method(ABC):
         return []
 
     # ---- what ------------------------------------------------------------------------------------------------------
-    def wrap(self, module: nn.Module, name: str) -> nn.Module:
-        """The module that takes the place of ``module``; ``name`` is its path, which also seeds its random numbers."""
-        raise TypeError(f"{type(self).__name__} defines no wrap")
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Adapt one module in place, with `lightning_peft.adapted.adapt`.
 
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
-        """Link the wrapped modules: shared tensors, siblings that read one input, inputs from elsewhere."""
+        Args:
+            module: it stays the same object.
+            name: its path, which also seeds its random numbers.
+        """
+        raise TypeError(f"{type(self).__name__} defines no adapt")
 
-    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """Put the method into the model in place. Returns what stands at each target's name now."""
-        wrapped = {name: self.wrap(module, name) for name, module in targets.items()}
-        replace(model, wrapped)
-        self.connect(model, wrapped)
-        return wrapped
+    def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
+        """Link the adapted modules: shared tensors, inputs from elsewhere."""
+
+    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+        """Put the method into the model, in place."""
+        for name, module in targets.items():
+            self.adapt(module, name)
+        self.connect(model, targets)
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
-        """Take the method out again: the originals return to their places."""
-        found = {name: model.get_submodule(name) for name in names}
-        replace(model, {name: module.base for name, module in found.items() if isinstance(module, Adapted)})
+        """Take the method out again: the modules get their own classes back."""
+        for name in names:
+            module = model.get_submodule(name)
+            if isinstance(module, Adapted):
+                release(module)
 
     # ---- optional parts, driven by the callback ---------------------------------------------------------------------
     def regularizer(self, model: nn.Module) -> Tensor | None:
@@ -194,15 +198,6 @@ def brief(method: Method) -> str:
     """
     given = [f for f in dataclasses.fields(method) if getattr(method, f.name) != _default(f)]  # type: ignore[arg-type]
     return f"{type(method).__name__}({', '.join(f'{f.name}={getattr(method, f.name)!r}' for f in given)})"
-
-
-def replace(model: nn.Module, swaps: Mapping[str, nn.Module]) -> None:
-    """Set submodules by name, also in lists and dicts of modules, under every name the old one is known by."""
-    new = {id(model.get_submodule(name)): module for name, module in swaps.items()}
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[key] = new[id(child)]
 
 
 def check_number(owner: str, field: str, value: float, low: float, *, high: float | None = None) -> None:

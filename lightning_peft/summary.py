@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.adapted import Delta
 from lightning_peft.fingerprint import logical_shape
 from lightning_peft.paths import size as size
-from lightning_peft.trainable import adapter_names, model_tensors, require
+from lightning_peft.trainable import adapter_names, adapter_parameters, model_tensors, require
 
 
 def summarize(model: nn.Module) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def summarize(model: nn.Module) -> dict[str, Any]:
     if injection.summary is not None:
         return dict(injection.summary)
     parameters, tensors = dict(root.named_parameters()), model_tensors(model)
+    added = adapter_parameters(root)
     trained = set(injection.trained)
     trainable = {n: p for n, p in parameters.items() if n in trained or p.requires_grad}
     total = sum(_count(p) for p in parameters.values())
@@ -43,7 +45,7 @@ def summarize(model: nn.Module) -> dict[str, Any]:
         "total": total,
         "percent": 100 * count / max(total, 1),
         "adapter_bytes": sum(_bytes(tensors[n]) for n in adapter_names(model)),
-        "base_bytes": sum(_bytes(p) for n, p in parameters.items() if ".delta." not in f".{n}"),
+        "base_bytes": sum(_bytes(p) for p in parameters.values() if id(p) not in added),
         "targets": _rows(trainable),
         "saved_modules": list(injection.saved),
         "new_modules": list(injection.new),
@@ -114,7 +116,7 @@ def _frozen(root: nn.Module, trainable: dict[str, nn.Parameter]) -> list[dict[st
         for key, child in module.named_children():
             path = f"{name}.{key}" if name else key
             count = sum(_count(p) for p in child.parameters())
-            if not count or key == "base":
+            if not count or isinstance(child, Delta):
                 continue
             if not any(n.startswith(path + ".") for n in trainable):
                 parts.append({"name": path, "parameters": count})

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import Adapted, merge_layer, unmerge_layer
 from lightning_peft.errors import PEFTError
 from lightning_peft.method import Method
 from lightning_peft.sharding import named_parameters, reshard, sharded, write
@@ -48,14 +48,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
     switch(injection, root, merged=False)
     reshard(root)
     swapped = _swap_values(root, injection)
-    wrapped = [(m, m.active) for _, m in adapted_modules(root)]
-    for m, _ in wrapped:
-        m.active = False
+    layers = [(layer, layer._adapter.active) for _, layer in adapted_modules(root)]
+    for layer, _ in layers:
+        layer._adapter.switch(layer, False)
     try:
         yield
     finally:
-        for m, was_active in wrapped:
-            m.active = was_active
+        for layer, was_active in layers:
+            layer._adapter.switch(layer, was_active)
         if any(sharded(tensor) for tensor, _ in swapped):
             reshard(root)
         for tensor, value in swapped:
@@ -65,18 +65,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def switch(injection: Injection, root: nn.Module, *, merged: bool) -> None:
-    """Bring all wrapped modules into the merged or the unmerged state."""
+    """Bring all adapted layers into the merged or the unmerged state."""
     if injection.merged == merged:
         return
     reshard(root)
+    change, undo = (merge_layer, unmerge_layer) if merged else (unmerge_layer, merge_layer)
     done: list[Adapted] = []
     try:
-        for _, module in list(adapted_modules(root)):
-            module.merge() if merged else module.unmerge()
-            done.append(module)
+        for _, layer in list(adapted_modules(root)):
+            change(layer)
+            done.append(layer)
     except PEFTError:
-        for module in done:
-            module.unmerge() if merged else module.merge()
+        for layer in done:
+            undo(layer)
         raise
     injection.merged = merged
 

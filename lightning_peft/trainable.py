@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import PEFTError
 from lightning_peft.match import is_metric
 from lightning_peft.method import Method
@@ -77,8 +77,17 @@ def require(model: nn.Module) -> tuple[Injection, str, nn.Module]:
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """All wrapped modules with their names."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, Adapted))
+    """All adapted modules with their names."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, Adapted) and "delta" in m._modules)
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """``id`` of every parameter that adapters brought with them."""
+    found: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Delta):
+            found |= {id(parameter) for parameter in module.parameters()}
+    return found
 
 
 def trainable_names(model: nn.Module) -> list[str]:

@@ -91,7 +91,7 @@ def places(net: nn.Module) -> dict[str, LowRank]:
     """The factors by the name that their parameter had before injection."""
     found = {}
     for name, module in adapted_modules(net):
-        plain = name.replace(".base.", ".")
+        plain = name
         if isinstance(module.delta, LowRank):
             found[f"{plain}.weight"] = module.delta
         else:

@@ -18,7 +18,7 @@ from lightning_peft import (
     drop_layers,
     inject,
 )
-from lightning_peft.bottleneck.wrappers import AdapterWrapper
+from lightning_peft.bottleneck.layers import WithBottleneck
 from tests.adapters import inject_golden
 from tests.golden_case import Golden
 from tests.models import Foreign, bert, loader, trainer
@@ -73,7 +73,7 @@ class Watch(AdapterDrop):
 
 
 def active(module):
-    return tuple(m.active for m in module.modules() if isinstance(m, AdapterWrapper))
+    return tuple(m._adapter.active for m in module.modules() if isinstance(m, WithBottleneck))
 
 
 def test_training(tmp_path):

@@ -23,9 +23,9 @@ from lightning_peft import (
     trainable_names,
     unload,
 )
-from lightning_peft.bottleneck.placement import originals
+from lightning_peft.bottleneck.layers import WithBottleneck
+from lightning_peft.bottleneck.placement import base_modules
 from lightning_peft.bottleneck.sites import find_sites
-from lightning_peft.bottleneck.wrappers import AdapterWrapper
 from tests.adapters import TORCH, ZOO, build, inputs, outputs
 from tests.contract.battery import shake
 
@@ -41,7 +41,7 @@ def first(value):
 def test_the_table_is_true(kind):
     """h is what the row calls output, x what goes into its source: h + x is what the norm takes, or the layer gives."""
     model = build(kind)
-    modules = originals(model)
+    modules = base_modules(model)
     sites = find_sites(modules)
     numbers = {s.role: len([t for t in sites if t.role == s.role]) for s in sites}
     assert numbers == dict.fromkeys(("attention", "mlp"), 2 * (1 + ("decoder_input_ids" in inputs(kind))))
@@ -99,11 +99,11 @@ def test_every_adapter_works(method, kind):
         inject(model, method)
         torch.testing.assert_close(outputs(model, kind), base, atol=1e-5, rtol=1e-4)
         shake(model)
-        first_place = next(m for m in model.modules() if isinstance(m, AdapterWrapper))
+        first_place = next(m for m in model.modules() if isinstance(m, WithBottleneck))
         adapted = outputs(model, kind)
-        first_place.active = False
+        first_place._adapter.switch(first_place, False)
         assert not torch.allclose(outputs(model, kind), adapted, atol=1e-4)
-        first_place.active = True
+        first_place._adapter.switch(first_place, True)
         with disabled(model):
             assert torch.equal(outputs(model, kind), frozen)
     torch.testing.assert_close(outputs(model, kind), adapted, atol=1e-5, rtol=1e-4)
@@ -157,7 +157,8 @@ def test_generate_with_cache(method, kind):
     assert torch.equal(runs[0].sequences, runs[1].sequences)
     for a, b in zip(runs[0].logits, runs[1].logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert all(m.slot is None or m.slot.value is None for m in model.modules() if isinstance(m, AdapterWrapper))
+    states = [m._adapter for m in model.modules() if isinstance(m, WithBottleneck)]
+    assert all(state.slot is None or state.slot.value is None for state in states)
 
 
 @pytest.mark.parametrize(
@@ -192,16 +193,17 @@ def test_a_pass_that_broke_off(method):
     shake(model)
     expected = outputs(model, "llama")
     layer = model.model.layers[0]
-    handle = layer.mlp.base.register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = layer.mlp.down_proj.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         outputs(model, "llama")
     handle.remove()
     layer.post_attention_layernorm(torch.randn(1, 1, 32, requires_grad=True) * 2)  # leaves a tensor with a graph
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
         assert torch.equal(outputs(other, "llama"), expected)
-        other.model.layers[0].mlp.active = False
+        mlp = other.model.layers[0].mlp
+        mlp._adapter.switch(mlp, False)
         assert not other.model.layers[0].post_attention_layernorm._forward_pre_hooks
-        other.model.layers[0].mlp.active = True
+        mlp._adapter.switch(mlp, True)
     with pytest.raises(PEFTError, match="called alone"):
         layer.mlp(torch.zeros(1, 1, 32))
 
@@ -263,7 +265,7 @@ def test_any_module_by_name():
     ]
     assert torch.equal(model(x), base)
     shake(model)
-    h, delta = model.stem.base(x), model.stem.delta
+    h, delta = model.stem._base_forward(x), model.stem.delta
     middle = torch.nn.functional.conv2d(h, delta.down_weight[..., None, None], delta.down_bias)
     up = torch.nn.functional.conv2d(middle * middle.sigmoid(), delta.up_weight[..., None, None], delta.up_bias)
     torch.testing.assert_close(model.stem(x), h + up)
@@ -278,7 +280,7 @@ def test_mlp_by_name(method):
     inject(model, method)
     shake(model)
     layer = model[0]
-    y = layer.base(x)
+    y = layer._base_forward(x)
     torch.testing.assert_close(layer(x), y + layer.delta(x if isinstance(method, ParallelAdapter) else y))
 
 

@@ -24,7 +24,7 @@ LAYERS = [
     ["match", "bottleneck.sites"],
     ["heads"],
     ["method"],
-    ["lowrank", "bottleneck.wrappers", "trainable", "fingerprint", "files", "fields"],
+    ["lowrank", "bottleneck.layers", "trainable", "fingerprint", "files", "fields"],
     ["bottleneck.torch_encoder"],
     ["bottleneck.placement"],
     ["bottleneck"],

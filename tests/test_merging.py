@@ -56,7 +56,7 @@ def test_a_diverged_adapter_is_not_merged():
     layers[-1].delta.lora_B.data.fill_(float("nan"))
     with pytest.raises(MergeError, match="NaN or infinity"):
         merge(model)
-    assert not any(m.originals for m in layers) and all(m.active for m in layers)
+    assert not any(m._adapter.originals for m in layers) and all(m._adapter.active for m in layers)
     with pytest.raises(MergeError, match="not merged"):
         unmerge(model)
 
@@ -97,7 +97,7 @@ def test_ties_that_come_back(tmp_path):
     shake(model)
     with pytest.raises(MergeError, match=r"T5ForConditionalGeneration ties .* whenever it is loaded"):
         save_merged(model, tmp_path / "m")
-    assert not (tmp_path / "m").exists() and model.encoder.embed_tokens.active
+    assert not (tmp_path / "m").exists() and model.encoder.embed_tokens._adapter.active
     other = sequence_model("t5")
     inject(other, LoRA(r=2, target_modules="all-linear"))
     save_merged(other, tmp_path / "m")

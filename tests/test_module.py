@@ -276,7 +276,7 @@ def test_base_mode(mode, tmp_path, caplog):
     run.fit(module, Data(SENTENCE))
     assert seen["bert.embeddings.dropout"] is (mode == "train")
     assert seen["bert.encoder.layer.0.attention.self.query.delta"] and seen["classifier"]
-    assert seen["bert.encoder.layer.0.attention.self.query.base"] is (mode == "train")
+    assert seen["bert.encoder.layer.0.attention.self.query"] is (mode == "train")
 
 
 def test_gradient_checkpointing_gives_the_same_step(tmp_path):

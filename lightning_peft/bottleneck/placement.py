@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.bottleneck.sites import ROLES, Site, find_sites, unknown
-from lightning_peft.bottleneck.torch_encoder import keep_open, release
-from lightning_peft.bottleneck.wrappers import (
+from lightning_peft.adapted import Delta, adapt
+from lightning_peft.bottleneck.layers import (
     NON_LINEARITIES,
-    AdapterWrapper,
     AfterOutput,
     AroundNorm,
     Beside,
+    BottleneckState,
     OnSum,
+    WithBottleneck,
     input_features,
     output_features,
 )
+from lightning_peft.bottleneck.sites import ROLES, Site, find_sites, unknown
 from lightning_peft.errors import ConfigError, NoMatchError, PEFTError
 from lightning_peft.heads import head_names
 from lightning_peft.match import as_patterns, candidates, excluded, is_metric, layer_index, matcher, select
-from lightning_peft.method import Method, check_number, replace
+from lightning_peft.method import Method, check_number
+from lightning_peft.torch_encoder import keep_open, restore
 
 
 class AdapterMethod(Method):
@@ -59,7 +60,7 @@ class AdapterMethod(Method):
         return known and (self.reads != "input" or input_features(module) is not None)
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-        """The modules to wrap, by full name.
+        """The modules to adapt, by full name.
 
         Raises:
             NoMatchError: the layers of the model are unknown, or a pattern matches nothing.
@@ -67,8 +68,7 @@ class AdapterMethod(Method):
         words, patterns = self._asked()
         chosen: dict[str, nn.Module] = {}
         if words:
-            modules = originals(model)
-            chosen = {n: modules[n] for n in self._sites(model, words)}
+            chosen = {name: model.get_submodule(name) for name in self._sites(model, words)}
             if not chosen:
                 raise unknown(type(self).__name__, model)
             chosen = self._filtered(chosen, prefix)
@@ -93,8 +93,8 @@ class AdapterMethod(Method):
         return words, [p for p in asked if p not in ROLES]
 
     def _sites(self, model: nn.Module, words: tuple[str, ...]) -> dict[str, Site]:
-        """Name of the module to wrap -> its place."""
-        found = [s for s in find_sites(originals(model)) if s.role in words]
+        """Name of the module to adapt -> its place."""
+        found = [s for s in find_sites(base_modules(model)) if s.role in words]
         return {(s.norm if s.post and self.reads == "sum" else s.output): s for s in found}
 
     def _filtered(self, chosen: dict[str, nn.Module], prefix: str) -> dict[str, nn.Module]:
@@ -122,48 +122,49 @@ class AdapterMethod(Method):
         return [f"{norm}.{n}" for norm in norms for n, _ in model.get_submodule(norm).named_parameters()]
 
     # ---- what ------------------------------------------------------------------------------------------------------
-    def wrap(self, module: nn.Module, name: str) -> AdapterWrapper:
-        """An adapter behind (or, parallel, beside) any module."""
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Put an adapter behind (or, parallel, beside) any module."""
         found = output_features(module)
         if found is None:
             raise ConfigError(f"{type(self).__name__}: the number of features that {name!r} gives cannot be read off.")
         size, channel = found
         like = _like(module)
         if self.reads == "input":
-            return Beside(module, self.delta(like, input_features(module) or size, size, name))
-        return AfterOutput(module, self.delta(like, size, size, name), channel)
+            delta = self.delta(like, input_features(module) or size, size, name)
+            adapt(module, Beside, delta, BottleneckState())
+        else:
+            adapt(module, AfterOutput, self.delta(like, size, size, name), BottleneckState(channel))
 
-    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """Wrap each target, and let the adapters that read a layer's input listen to it."""
-        sites, modules = self._sites(model, ROLES), originals(model)
-        wrapped: dict[str, nn.Module] = {}
+    def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+        """Adapt each target, and let the adapters that read a layer's input listen to it."""
+        sites = self._sites(model, ROLES)
         for name, module in targets.items():
-            site = sites.get(name)
-            wrapped[name] = self._at(site, modules, name) if site else self.wrap(module, name)
-        self.share({name: module.get_submodule("delta") for name, module in wrapped.items()})
-        replace(model, wrapped)
-        for name, wrapper in wrapped.items():
-            if isinstance(wrapper, (OnSum, Beside)) and name in sites and sites[name].source != name:
-                wrapper.listen(modules[sites[name].source])
-        keep_open(model)
-        return wrapped
+            if name in sites:
+                self._adapt_site(model, sites[name], name)
+            else:
+                self.adapt(module, name)
+        self.share({name: module.get_submodule("delta") for name, module in targets.items()})
+        for name, layer in targets.items():
+            if isinstance(layer, (OnSum, Beside)) and name in sites and sites[name].source != name:
+                layer._adapter.listen(layer, model.get_submodule(sites[name].source))
+        keep_open(model, targets.values())
 
-    def _at(self, site: Site, modules: Mapping[str, nn.Module], name: str) -> AdapterWrapper:
-        module, norm = modules[name], modules[site.norm]
+    def _adapt_site(self, model: nn.Module, site: Site, name: str) -> None:
+        """Put an adapter where a known sub-layer ends."""
+        module, norm = model.get_submodule(name), model.get_submodule(site.norm)
         size = len(norm.weight) if getattr(norm, "weight", None) is not None else norm.normalized_shape[-1]
-        delta = self.delta(_like(norm, module), size, size, name)
         if self.reads == "output":
-            return AfterOutput(module, delta)
-        if self.reads == "input":
-            return Beside(module, delta)
-        return (AroundNorm if site.post else OnSum)(module, delta)
+            kind = AfterOutput
+        elif self.reads == "input":
+            kind = Beside
+        else:
+            kind = AroundNorm if site.post else OnSum
+        adapt(module, kind, self.delta(_like(norm, module), size, size, name), BottleneckState())
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
-        """Put the originals back and stop listening."""
-        for name in names:
-            model.get_submodule(name).active = False
+        """Take the adapters out and stop listening."""
         super().detach(model, names)
-        release(model)
+        restore(model)
 
     def check_fields(self) -> None:
         """Raise a `ConfigError` for a value that cannot work."""
@@ -178,16 +179,13 @@ class AdapterMethod(Method):
         return max(1, int(size // self.reduction_factor))
 
 
-def originals(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by the name it had before injection (the root is ``""``); wrappers stand for what they wrap."""
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base by its name (the root is ``""``), without adapters and without torchmetrics."""
     found: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, name: str) -> None:
         found[name] = module
-        inner = module
-        while isinstance(inner, Adapted):
-            inner = inner.base
-        for key, child in inner.named_children():
+        for key, child in module.named_children():
             if not is_metric(child) and not isinstance(child, Delta):
                 visit(child, f"{name}.{key}" if name else key)
 
@@ -195,11 +193,15 @@ def originals(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def drop_layers(model: nn.Module, n: int) -> None:
-    """Switch off the bottleneck adapters of the first ``n`` layers, and on those of all others (AdapterDrop).
+def drop_layers(model: nn.Module, layers: int | Collection[int]) -> None:
+    """Switch off the bottleneck adapters of some layers, and on those of all others (AdapterDrop).
 
     The adapters of those layers cost nothing until they are switched on again by ``drop_layers(model, 0)``. In an
     encoder-decoder both stacks count from 0. Adapters outside numbered layers stay on.
+
+    Args:
+        model: with bottleneck adapters.
+        layers: how many layers to drop, counted from the first; or the numbers of those to drop.
 
     Raises:
         PEFTError: the model has no bottleneck adapters.
@@ -208,21 +210,21 @@ def drop_layers(model: nn.Module, n: int) -> None:
     >>> from lightning_peft import Houlsby, drop_layers, inject
     >>> net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False)
     >>> inject(net, Houlsby()); drop_layers(net, 1)
-    >>> net.layers[0].dropout1.active, net.layers[1].dropout1.active
-    (False, True)
+    >>> [layer._adapter.active for layer, _ in adapter_layers(net)]
+    [False, False, True, True]
     """
-    adapters = adapter_layers(model)
-    for module, layer in adapters:
-        module.active = layer is None or layer >= n
+    dropped = range(layers) if isinstance(layers, int) else frozenset(layers)
+    for adapted, number in adapter_layers(model):
+        adapted._adapter.switch(adapted, number not in dropped)
 
 
-def adapter_layers(model: nn.Module) -> list[tuple[AdapterWrapper, int | None]]:
+def adapter_layers(model: nn.Module) -> list[tuple[WithBottleneck, int | None]]:
     """The bottleneck adapters in a model with the numbers of their layers.
 
     Raises:
         PEFTError: there are none.
     """
-    found = [(m, layer_index(n)) for n, m in model.named_modules() if isinstance(m, AdapterWrapper)]
+    found = [(m, layer_index(n)) for n, m in model.named_modules() if isinstance(m, WithBottleneck)]
     if not found:
         raise PEFTError(
             f"{type(model).__name__} has no bottleneck adapters whose layers could be dropped; inject Houlsby(),"

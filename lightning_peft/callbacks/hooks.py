@@ -73,9 +73,9 @@ def _filter(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> No
 
 def _unmerged(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
     """Write the original base weights while merged ones stand in their place: reloading merges once, not twice."""
-    for name, wrapped in adapted_modules(module):
-        for key, original in wrapped.originals.items():
-            state[f"{prefix}{name}.base.{key}"] = original.detach()
+    for name, layer in adapted_modules(module):
+        for key, original in layer._adapter.originals.items():
+            state[f"{prefix}{name}.{key}"] = original.detach()
 
 
 def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:

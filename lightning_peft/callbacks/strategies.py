@@ -120,7 +120,7 @@ def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 
 def _check_tensor_parallel(strategy: ModelParallelStrategy, pl_module: L.LightningModule) -> None:
     for name, module in adapted_modules(pl_module):
-        for parameter in module.base.parameters():
+        for parameter in module.parameters(recurse=False):
             mesh = parameter.device_mesh if sharded(parameter) else None
             if mesh is not None and "tensor_parallel" in (mesh.mesh_dim_names or ()):
                 raise TrainingError(
@@ -177,15 +177,14 @@ def _saves(callback: object) -> bool:
     return isinstance(callback, ModelCheckpoint)
 
 
-def wrapped(module: Adapted) -> bool:
+def may_stand_apart(layer: Adapted) -> bool:
     """Whether FSDP may wrap an adapter's tensors by themselves: its code calls ``delta`` and reads nothing in it."""
-    from lightning_peft.bottleneck.wrappers import AdapterWrapper, Bottleneck
-    from lightning_peft.lowrank import LowRank, LowRankConv1D, LowRankEmbedding, LowRankLinear
+    from lightning_peft.bottleneck.layers import Bottleneck
+    from lightning_peft.lowrank import LowRank, LowRankConv
 
-    low = type(module) in (LowRankLinear, LowRankConv1D, LowRankEmbedding) and not module.read
-    return (low and type(module.delta) is LowRank) or (
-        isinstance(module, AdapterWrapper) and type(module.delta) is Bottleneck
-    )
+    if isinstance(layer, LowRankConv):
+        return False  # its factors are handed to the base's own convolution
+    return type(layer.delta) in (LowRank, Bottleneck)
 
 
 class FSDPWrapPolicy:
@@ -210,7 +209,7 @@ class FSDPWrapPolicy:
     def __call__(self, module: object, recurse: bool, nonwrapped_numel: int) -> bool:
         """As torch asks: whether to look inside ``module``, or to wrap it."""
         if recurse:
-            if isinstance(module, Adapted) and wrapped(module):
+            if isinstance(module, Adapted) and "delta" in module._modules and may_stand_apart(module):
                 self._apart.add(id(module.delta))
             return True
         return isinstance(module, self.blocks) or id(module) in self._apart

@@ -74,7 +74,7 @@ class TrainabilityCheck(L.Callback):
         self._scale = scaler.get_scale() if scaler is not None else None
         moving = {id(p) for g in optimizer.param_groups for p in g["params"] if _can_move(p, g)}
         for _, module in adapted_modules(pl_module):
-            if not module.active:  # switched off in this step, by AdapterDrop for one
+            if not module._adapter.active:  # switched off in this step, by AdapterDrop for one
                 moving -= {id(p) for p in module.delta.parameters()}
         for name, parameter in self._watched.items():
             if id(parameter) in moving:

@@ -8,18 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_peft.adapted import Adapted, is_conv1d
+from lightning_peft.adapted import is_conv1d
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.folder import CHOOSING, HARMLESS, TUNER, Folder, Incoming, Outgoing
 from lightning_peft.formats.naming import differing, exact, searched
 from lightning_peft.lowrank import (
     LowRank,
-    LowRankAttention,
     LowRankConv,
     LowRankEmbedding,
-    LowRankProjection,
-    LowRankStack,
+    LowRankWeights,
 )
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.deltalora import DeltaFactors
@@ -56,9 +55,9 @@ def write_lora(root: nn.Module, method: LoRA, names: list[str]) -> Outgoing:
     for name in names:
         module: Any = root.get_submodule(name)
         _check_layer(name, module)
-        if isinstance(module, LowRankProjection):  # an untouched one, which peft wraps with its attention
+        if isinstance(module, NonDynamicallyQuantizableLinear):  # an untouched one, which peft wraps with its attention
             continue
-        delta = module.delta.in_proj_weight if isinstance(module, LowRankAttention) else module.delta
+        delta = module.delta.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.delta
         A, B = plain_factors(delta)
         times = len(A) / delta.rank
         ranks[name] = len(A)
@@ -75,7 +74,7 @@ def write_lora(root: nn.Module, method: LoRA, names: list[str]) -> Outgoing:
         "use_rslora": method.use_rslora,
         "use_dora": isinstance(method, DoRA),
         "bias": method.bias,
-        "fan_in_fan_out": any(is_conv1d(root.get_submodule(n).base) for n in ranks),
+        "fan_in_fan_out": any(is_conv1d(root.get_submodule(n)) for n in ranks),
         "init_lora_weights": True,
         "target_modules": list(ranks),
     }
@@ -119,8 +118,8 @@ def _spell(module: Any, delta: LowRank, A: Tensor, B: Tensor) -> dict[str, Tenso
         found = {".lora_embedding_A": A, ".lora_embedding_B": B}
     else:
         found = {".lora_A.weight": A, ".lora_B.weight": B}
-    if isinstance(module, LowRankAttention):  # absent, they would start at random beside a zero B
-        width = module.base.embed_dim
+    if isinstance(module, nn.MultiheadAttention):  # absent, they would start at random beside a zero B
+        width = module.embed_dim
         found[".base_layer.out_proj.lora_A.weight"] = A.new_zeros(len(A), width)
         found[".base_layer.out_proj.lora_B.weight"] = A.new_zeros(width, len(A))
     if isinstance(delta, DoRAFactors):
@@ -130,29 +129,32 @@ def _spell(module: Any, delta: LowRank, A: Tensor, B: Tensor) -> dict[str, Tenso
     return found
 
 
-def _check_layer(name: str, module: Adapted) -> None:
+def _check_layer(name: str, module: Any) -> None:
     """Refuse layers that peft would compute in another way."""
-    base: Any = module.base
+    attention = isinstance(module, nn.MultiheadAttention)
+    several = not isinstance(module.delta, LowRank) and not attention
     reason = ""
-    if isinstance(module, LowRankStack):
-        reason = "stacked expert weights are corrected at several parameters of one module, which is not written"
-    elif isinstance(module, LowRankProjection) and bool(module.delta.lora_B.any()):
+    if several:
+        reason = "several parameters of one module (experts, recurrent layers) are corrected, which is not written"
+    elif isinstance(module, LowRankWeights) and not attention:
+        reason = f"{type(module).__name__} has a forward of its own, which peft would not correct in the same way"
+    elif isinstance(module, NonDynamicallyQuantizableLinear) and bool(module.delta.lora_B.any()):
         reason = (
             "peft adds the correction of an attention's out_proj twice; train with"
             " exclude_modules='re:.*out_proj' to export the input projections"
         )
-    elif isinstance(module, LowRankAttention) and not isinstance(module.delta._modules.get("in_proj_weight"), LowRank):
+    elif attention and not isinstance(module.delta._modules.get("in_proj_weight"), LowRank):
         reason = "peft adapts an nn.MultiheadAttention only where queries, keys and values have one width"
-    elif isinstance(module, LowRankAttention) and isinstance(module.delta.in_proj_weight, DoRAFactors):
+    elif attention and isinstance(module.delta.in_proj_weight, DoRAFactors):
         reason = "peft has no DoRA for nn.MultiheadAttention"
-    elif isinstance(module, LowRankConv) and base.groups > 1:
-        reason = f"peft splits a convolution with groups={base.groups} in another way and cannot merge it"
-    elif isinstance(module, LowRankConv) and (set(base.dilation) != {1} or base.padding_mode != "zeros"):
-        reason = f"peft ignores dilation={base.dilation} and padding_mode={base.padding_mode!r} of a convolution"
+    elif isinstance(module, LowRankConv) and module.groups > 1:
+        reason = f"peft splits a convolution with groups={module.groups} in another way and cannot merge it"
+    elif isinstance(module, LowRankConv) and (set(module.dilation) != {1} or module.padding_mode != "zeros"):
+        reason = f"peft ignores dilation={module.dilation} and padding_mode={module.padding_mode!r} of a convolution"
     if reason:
         raise PEFTError(
-            f"{name!r} ({type(base).__name__}) cannot be exported to peft: {reason}. save_merged(model, folder) writes"
-            " the merged model, save_adapter(model, path) our own file."
+            f"{name!r} ({type(module).__name__}) cannot be exported to peft: {reason}. save_merged(model, folder)"
+            " writes the merged model, save_adapter(model, path) our own file."
         )
 
 

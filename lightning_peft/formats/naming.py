@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.trainable import persistent_buffers
+from lightning_peft.trainable import adapter_parameters, persistent_buffers
 
 #: modules that peft saves by itself for a task
 TASK_MODULES = {
@@ -44,46 +44,44 @@ def task_of(root: nn.Module) -> str | None:
     return None if task == "SEQ_2_SEQ_LM" and not encoder_decoder else task
 
 
-def spelled(root: nn.Module, name: str) -> tuple[str, str]:
-    """The name of a base tensor or module before adapters were there, and the one it has in peft's wrappers."""
+def name_in_peft(root: nn.Module, name: str) -> str:
+    """The name that a tensor or module of the base has in peft, which wraps what it adapts."""
     module: Any = root
-    plain: list[str] = []
     theirs: list[str] = []
     for part in name.split("."):
-        if isinstance(module, Adapted) and part == "base":
+        if _is_adapted(module):
             theirs.append("base_layer")
-            module = module.base
-            continue
-        inside = isinstance(module, nn.MultiheadAttention) and theirs[-1:] == ["base_layer"]
+        in_attention = isinstance(module, nn.MultiheadAttention) and theirs[-1:] == ["base_layer"]
         module = getattr(module, part, None)
-        plain.append(part)
         theirs.append(part)
-        if inside and part == "out_proj" and not isinstance(module, Adapted):
+        if in_attention and part == "out_proj" and not _is_adapted(module):
             theirs.append("base_layer")  # peft wraps it together with the attention
-    return ".".join(plain), ".".join(theirs)
+    return ".".join(theirs)
+
+
+def _is_adapted(module: Any) -> bool:
+    return isinstance(module, Adapted) and "delta" in module._modules
 
 
 def base_tensors(root: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Parameters and buffers of the base by their name before adapters: peft's name, and the tensor."""
-    held = {id(p) for m in root.modules() if isinstance(m, Delta) for p in m.parameters()}
-    tensors = dict(root.named_parameters()) | persistent_buffers(root)
+    """Parameters and buffers of the base by their name: peft's name, and the tensor."""
+    added = adapter_parameters(root)
     found = {}
-    for name, tensor in tensors.items():
-        if id(tensor) not in held:
-            plain, theirs = spelled(root, name)
-            found[plain] = theirs, tensor
+    for name, tensor in (dict(root.named_parameters()) | persistent_buffers(root)).items():
+        if id(tensor) not in added:
+            found[name] = name_in_peft(root, name), tensor
     return found
 
 
 def module_names(root: nn.Module) -> list[str]:
-    """Names of all modules before adapters were there."""
+    """Names of all modules of the base."""
     names, closed = [], []
     for name, module in root.named_modules():
         if isinstance(module, Delta):
             closed.append(name + ".")
         elif name and not name.startswith(tuple(closed)):
-            names.append(spelled(root, name)[0])
-    return list(dict.fromkeys(names))
+            names.append(name)
+    return names
 
 
 def ends(pattern: str, name: str) -> bool:

@@ -204,7 +204,7 @@ def import_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     >>> net, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp()
     >>> inject(net, LoRA(r=2)); export_peft(net, folder); unload(net)
     >>> import_peft(net, folder); type(net[0]).__name__
-    'LowRankLinear'
+    'Linear'
     """
     if find(model) is not None:
         raise ConfigError("The model has adapters already; call unload(model) first, or import into a fresh model.")

@@ -13,7 +13,7 @@ from lightning_peft.formats.folder import COMMON, PROMPT, Folder, Incoming, Outg
 from lightning_peft.formats.naming import task_of
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
-from lightning_peft.methods.ptuning import Placeholders, PTuning
+from lightning_peft.methods.ptuning import PTuning
 from lightning_peft.prompting.prefix import PrefixedAttention, heads_of
 from lightning_peft.prompting.virtual import VirtualTokens
 
@@ -149,7 +149,7 @@ def write_ptuning(root: nn.Module, method: PTuning, names: list[str]) -> Outgoin
         PEFTError: the vectors stand at placeholders inside the text.
     """
     modules = [root.get_submodule(n) for n in names]
-    if method.placeholder_id is not None or any(isinstance(m, Placeholders) and m.used for m in modules):
+    if method.placeholder_id is not None or any(m._adapter.used for m in modules):
         raise _no(method, "its vectors stand at placeholders inside the text, and peft puts vectors before it only")
     # which encoder it was is of no use without its weights
     return _write_vectors(root, method, names, {"peft_type": "P_TUNING", "encoder_reparameterization_type": "MLP"})
@@ -158,7 +158,8 @@ def write_ptuning(root: nn.Module, method: PTuning, names: list[str]) -> Outgoin
 def _write_vectors(root: nn.Module, method: Any, names: list[str], fields: dict[str, Any]) -> Outgoing:
     module = root.get_submodule(names[0])
     task = task_of(root)
-    if not isinstance(module, VirtualTokens) or not module.names or len(names) != 1:
+    tokens = module._adapter
+    if not isinstance(tokens, VirtualTokens) or not tokens.names or len(names) != 1:
         raise _no(method, "peft puts prompts before the token ids of a transformers model, here they stand elsewhere")
     if task not in _PROMPT_TASKS:
         raise _no(

@@ -13,7 +13,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.formats.folder import CHOOSING, HARMLESS, TUNER, Folder, Incoming, Outgoing
 from lightning_peft.formats.lowrank import group, number, ordered
 from lightning_peft.formats.naming import ends_anyhow, exact, expression, module_names, suffixes
-from lightning_peft.lowrank import LowRankConv1D, LowRankLinear
+from lightning_peft.lowrank import LowRankConv, LowRankEmbedding, LowRankLinear
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.ia3 import IA3, IA3Attention, IA3Input
 from lightning_peft.methods.vera import VeRA
@@ -30,9 +30,9 @@ def write_adalora(root: nn.Module, method: AdaLoRA, names: list[str]) -> Outgoin
     tensors = {}
     for name in names:
         module: Any = root.get_submodule(name)
-        if type(module) not in (LowRankLinear, LowRankConv1D):
+        if not isinstance(module, LowRankLinear) or isinstance(module, (LowRankConv, LowRankEmbedding)):
             raise PEFTError(
-                f"{name!r} ({type(module.base).__name__}) cannot be exported to peft: its AdaLoRA takes linear layers"
+                f"{name!r} ({type(module).__name__}) cannot be exported to peft: its AdaLoRA takes linear layers"
                 " and Conv1D only. save_merged(model, folder) writes the merged model."
             )
         delta = module.delta
@@ -56,7 +56,7 @@ def write_adalora(root: nn.Module, method: AdaLoRA, names: list[str]) -> Outgoin
         "total_step": method.tinit + method.tfinal + 1,
         "rank_pattern": None,
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(root.get_submodule(n).base) for n in names),
+        "fan_in_fan_out": any(is_conv1d(root.get_submodule(n)) for n in names),
         "init_lora_weights": True,
         "target_modules": names,
     }
@@ -109,7 +109,7 @@ def write_vera(root: nn.Module, method: VeRA, names: list[str]) -> Outgoing:
         "projection_prng_key": method.init_seed,
         "save_projection": True,
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(root.get_submodule(n).base) for n in names),
+        "fan_in_fan_out": any(is_conv1d(root.get_submodule(n)) for n in names),
         "init_weights": True,
         "target_modules": names,
     }
@@ -173,7 +173,7 @@ def write_ia3(root: nn.Module, method: IA3, names: list[str]) -> Outgoing:
     fields = {
         "peft_type": "IA3",
         "feedforward_modules": feedforward,
-        "fan_in_fan_out": any(is_conv1d(m.base) for m in modules.values()),
+        "fan_in_fan_out": any(is_conv1d(m) for m in modules.values()),
         "init_ia3_weights": True,
         "target_modules": targets,
     }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta, factor_dtype
+from lightning_peft.adapted import Delta, factor_dtype
 from lightning_peft.quantized import plain
 
 
@@ -141,21 +142,36 @@ class LowRank(Delta):
         """The input of the low-rank branch."""
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
-    def direct(self) -> bool:
-        """Whether the correction is ``scaling · lora_B · lora_A`` and no relative changes how it joins."""
+    def is_plain(self) -> bool:
+        """Whether the correction is ``scaling · lora_B · lora_A`` and no relative changes how it joins the output."""
         kind = type(self)
-        own = (kind.factors, kind.forward, kind.join, kind.dropped)
-        plain = own == (LowRank.factors, LowRank.forward, LowRank.join, LowRank.dropped)
-        return plain and self.parts is None and len(self._parameters) == 2
+        for part in ("factors", "linear", "join", "dropped", "combine", "forward"):
+            if getattr(kind, part) is not getattr(LowRank, part):
+                return False
+        return self.parts is None and len(self._parameters) == 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, in) -> (…, out)."""
+    def linear(self, x: Tensor) -> Tensor:
+        """The correction of a linear layer's output: x (…, in) -> (…, out)."""
         A, B = self.factors()
         return F.linear(F.linear(self.dropped(x.to(A.dtype)), A), B)
 
-    def join(self, layer: Adapted, y: Tensor, low: Tensor) -> Tensor:
-        """The layer's output from its base's and the branch's."""
-        return y + low.to(y.dtype)
+    def join(self, layer: Any, output: Tensor, low: Tensor) -> Tensor:
+        """The layer's corrected output, from its base's output and the low-rank correction of it."""
+        return output + low.to(output.dtype)
+
+    def forward(self, value: Tensor, output: Tensor | None = None, layer: Any = None) -> Tensor:
+        """The corrected weight for a weight, or the corrected output for a layer's input and output.
+
+        All the work is done inside this call, because sharding strategies gather the factors around it.
+
+        Args:
+            value: the base's weight; with ``output`` and ``layer``, the layer's input.
+            output: what the base gives for that input.
+            layer: the adapted layer, which knows how its input meets the factors.
+        """
+        if output is None:
+            return self.fold(value)
+        return self.join(layer, output, layer._low_rank_output(value))
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""

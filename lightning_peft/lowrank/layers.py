@@ -1,4 +1,4 @@
-"""Layers that add the correction to their output."""
+"""Layers that add the low-rank correction to their output."""
 
 from __future__ import annotations
 
@@ -7,52 +7,54 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.adapted import Adapted
-from lightning_peft.lowrank import siblings
+from lightning_peft.adapted import Adapted, AdapterState, base_tensor
+from lightning_peft.lowrank.fast import fast_output
+from lightning_peft.quantized import packed
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+class LowRankState(AdapterState):
+    """``fast`` says whether output and correction may be computed in one step (see `fast`)."""
+
+    def __init__(self, fast: bool = False) -> None:
+        super().__init__()
+        self.fast = fast
+
+
 class LowRankLinear(Adapted):
-    """`nn.Linear` with a low-rank correction: ``y = Wx + b + s·B(A x)``."""
+    """A linear layer (also in few bits, or transformers' ``Conv1D``) with a correction: ``y = Wx + b + s·B(A x)``."""
 
-    base: Any
-    delta: Any
-    #: whether some code reads ``weight`` instead of calling this module (see `read_by_parents`)
-    read = False
-    #: whether output and correction are one product of plain factors, which has a short way (see `products`)
-    direct = False
-    #: layers that read the same input, this one among them
-    siblings: siblings.Siblings | None = None
+    _adapter: LowRankState
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight; the corrected one where it is read instead of this module being called."""
-        weight = self.base.weight
-        return self.delta.fold(weight).to(weight.dtype) if self.read and self.active else weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, in) -> (…, out)."""
-        if self.direct and (short := siblings.run(self, x)) is not None:
-            return short
-        y = self.base(x)
-        return self.delta.join(self, y, self.branch(x)) if self.active else y
-
-    def branch(self, x: Tensor) -> Tensor:
-        """The low-rank part of the output."""
-        return self.delta(x)
-
-    def channels(self, vector: Tensor) -> Tensor:
-        """A vector over output features, shaped to multiply the output."""
-        return vector
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (…, in) -> (…, out)."""
+        state = self._adapter
+        if state.fast:
+            output = fast_output(self, input)
+            if output is not None:
+                return output
+        output = self._base_forward(input)
+        return self.delta(input, output, self) if state.active else output
 
     def merged(self) -> dict[str, Tensor]:
         """The corrected weight."""
-        return {"weight": self.delta.fold(self.base.weight)}
+        return {"weight": self.delta.fold(base_tensor(self, "weight"))}
 
+    def _readable(self) -> tuple[str, ...]:
+        return () if packed(self) else ("weight",)
 
-class LowRankConv1D(LowRankLinear):
-    """transformers' ``Conv1D``, a linear layer that stores its weight as (in, out)."""
+    def _corrected(self, name: str) -> Tensor:
+        weight = base_tensor(self, name)
+        return self.delta(weight).to(weight.dtype)
+
+    def _low_rank_output(self, x: Tensor) -> Tensor:
+        """The correction of the output for the input x."""
+        return self.delta.linear(x)
+
+    def _over_output(self, vector: Tensor) -> Tensor:
+        """A vector over output features, shaped to multiply the output."""
+        return vector
 
 
 class LowRankConv(LowRankLinear):
@@ -62,18 +64,21 @@ class LowRankConv(LowRankLinear):
     A is shared, so that the correction is a weight of the base's shape.
     """
 
-    def branch(self, x: Tensor) -> Tensor:
+    _conv_forward: Any
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    def _low_rank_output(self, x: Tensor) -> Tensor:
         """x: (N, in, …) or (in, …) -> (N, out, …) or (out, …)."""
         A, B = self.delta.factors()
-        base, groups = self.base, self.base.groups
         x = self.delta.dropped(x.to(A.dtype))
-        if groups > 1:
-            A = A.repeat(groups, *(1,) * (A.ndim - 1))
-        return _CONV[A.ndim - 2](base._conv_forward(x, A, None), B, groups=groups)
+        if self.groups > 1:
+            A = A.repeat(self.groups, *(1,) * (A.ndim - 1))
+        return _CONV[A.ndim - 2](self._conv_forward(x, A, None), B, groups=self.groups)
 
-    def channels(self, vector: Tensor) -> Tensor:
+    def _over_output(self, vector: Tensor) -> Tensor:
         """(out) -> (out, 1, …)."""
-        return vector.view(-1, *(1,) * len(self.base.kernel_size))
+        return vector.view(-1, *(1,) * len(self.kernel_size))
 
 
 class LowRankEmbedding(LowRankLinear):
@@ -82,10 +87,13 @@ class LowRankEmbedding(LowRankLinear):
     The padding row is corrected like any other, and as in the base it sends no gradient to its column of A.
     """
 
-    def branch(self, x: Tensor) -> Tensor:
+    padding_idx: int | None
+    scale_grad_by_freq: bool
+
+    def _low_rank_output(self, x: Tensor) -> Tensor:
         """x: ids (…) -> (…, dim)."""
         A, B = self.delta.factors()
-        e = self.base
-        low = F.linear(F.embedding(x, A.T, e.padding_idx, None, 2.0, e.scale_grad_by_freq), B)
-        scale = getattr(e, "embed_scale", None)  # Gemma multiplies its embedding's output
+        rows = F.embedding(x, A.T, self.padding_idx, None, 2.0, self.scale_grad_by_freq)
+        low = F.linear(rows, B)
+        scale = getattr(self, "embed_scale", None)  # Gemma multiplies its embedding's output
         return low if scale is None else low * scale

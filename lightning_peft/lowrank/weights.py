@@ -1,15 +1,14 @@
-"""Layers that correct their weight: their code reads the parameter itself, so nothing can be added to an output."""
+"""Layers that correct their weights: their code computes with a weight in a way of its own, so nothing can be added to
+an output. While their forward runs, the weight answers ``W + ΔW``, and whatever is computed from it is right."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn import functional as F
 
-from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.lowrank.layers import LowRankLinear
+from lightning_peft.adapted import CorrectedWeights, Delta, base_tensor
+from lightning_peft.lowrank.factors import LowRank
 
 
 class DeltaSet(Delta):
@@ -21,56 +20,54 @@ class DeltaSet(Delta):
             self.add_module(name, delta)
 
 
-class LowRankWeights(Adapted):
-    """Runs the base with corrected parameters in place of its own, for the length of the call."""
+class LowRankWeights(CorrectedWeights):
+    """Low-rank corrections of the parameters of any layer that reads them in Python.
 
-    base: Any
-    delta: Any
-
-    def corrected(self) -> dict[str, Tensor]:
-        """The parameters the base should see, in their own dtype."""
-        parameters = self.base._parameters
-        return {n: d.fold(parameters[n]).to(parameters[n].dtype) for n, d in self.delta.named_children()}
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments and result are those of the base."""
-        if not self.active:
-            return self.base(*args, **kwargs)
-        return functional_call(self.base, self.corrected(), args, kwargs, tie_weights=False)
+    Such are subclasses of layers of torch that have a forward of their own, linear layers of other libraries,
+    `nn.MultiheadAttention`, recurrent cells, stacked expert weights.
+    """
 
     def merged(self) -> dict[str, Tensor]:
         """The corrected parameters."""
-        return {name: delta.fold(self.base._parameters[name]) for name, delta in self.delta.named_children()}
+        return {name: delta.fold(base_tensor(self, name)) for name, delta in self._factors().items()}
+
+    def _readable(self) -> tuple[str, ...]:
+        return tuple(self._factors())
+
+    def _corrected(self, name: str) -> Tensor:
+        weight = base_tensor(self, name)
+        return self._factors()[name](weight).to(weight.dtype)
+
+    def _factors(self) -> dict[str, LowRank]:
+        """The factors by the name of their parameter."""
+        if isinstance(self.delta, LowRank):
+            return {"weight": self.delta}
+        return dict(self.delta.named_children())
 
 
-class LowRankStack(LowRankWeights):
-    """Expert weights of a mixture, stacked to 3-D parameters: each expert has its own A and B.
+class LowRankRecurrent(LowRankWeights):
+    """`nn.LSTM`, `nn.GRU`, `nn.RNN`: their forward reads a list of their weights, not the weights by name."""
 
-    The corrected weights of all experts exist for the length of the call, as large as the weights themselves.
-    """
+    _flat_weights: list[Any]
+    _flat_weights_names: list[str]
+    _update_flat_weights: Any
 
+    def _readable(self) -> tuple[str, ...]:
+        return ()
 
-class LowRankAttention(LowRankWeights):
-    """The input projections of `nn.MultiheadAttention`; its ``out_proj`` is wrapped by itself.
-
-    `nn.TransformerEncoderLayer` has a fast path that never calls this module but reads its parameters: it finds the
-    corrected ones.
-    """
-
-    @property
-    def in_proj_weight(self) -> Tensor | None:
-        """What a reader of the parameter must see: the corrected one while the adapter is on."""
-        weight = self.base.in_proj_weight
-        if weight is None or not self.active:
-            return weight
-        return self.delta.in_proj_weight.fold(weight).to(weight.dtype)
-
-
-class LowRankProjection(LowRankLinear):
-    """``out_proj`` of `nn.MultiheadAttention`: never called, its ``weight`` is read."""
-
-    read = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, in) -> (…, out), for code that does call it."""
-        return F.linear(x, self.weight, self.base.bias)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments and result are those of the base."""
+        if not self._adapter.active:
+            return self._base_forward(*args, **kwargs)
+        self._update_flat_weights()  # a no-op unless parameters were exchanged since (functional_call)
+        factors, own = self._factors(), self._flat_weights
+        corrected = list(own)
+        for position, name in enumerate(self._flat_weights_names):
+            if name in factors:
+                corrected[position] = self._corrected(name)
+        # The list must hold the parameters again afterwards: it is copied, moved and pickled with the module.
+        self._flat_weights = corrected
+        try:
+            return self._base_forward(*args, **kwargs)
+        finally:
+            self._flat_weights = own

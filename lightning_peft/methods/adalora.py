@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import lowrank
-from lightning_peft.adapted import Adapted
 from lightning_peft.errors import ConfigError, TrainingError
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.method import Method, check_number
@@ -150,20 +149,16 @@ class AdaLoRA(Method):
         return lowrank.is_linear(module)
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-        """The modules to wrap; an attention module of torch brings its output projection along."""
+        """The modules to adapt; an attention module of torch brings its output projection along."""
         return lowrank.with_output(super().targets(model, prefix), self.exclude_modules, prefix)
 
     def scaling(self, name: str) -> float:
         """Factor in front of the triplets; the initial rank counts, also after pruning."""
         return self.alpha / (self.init_r + 1e-5)
 
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
-        """Wrap one layer."""
-        return lowrank.wrap(module, name, lambda place: self.make(place, name))
-
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
-        """Link layers to code that reads their weights."""
-        lowrank.read_by_parents(model)
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Adapt one layer."""
+        lowrank.adapt_layer(module, name, lambda place: self.make(place, name))
 
     def make(self, place: Place, name: str) -> AdaLoRAFactors:
         """The triplets of one matrix: A and B from N(0, 0.02²)."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Delta, factor_dtype
-from lightning_peft.bottleneck.placement import AdapterMethod, originals
+from lightning_peft.bottleneck.placement import AdapterMethod, base_modules
 from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PEFTError
 from lightning_peft.files import read
 from lightning_peft.fingerprint import difference, fingerprint
@@ -159,7 +159,7 @@ class AdapterFusion(AdapterMethod):
                 raise ConfigError(f"{where} stands in other places than the first: {sorted(set(places) ^ set(names))}.")
             names = names or places
             _check_base(model, info, where)
-        modules = originals(model)
+        modules = base_modules(model)
         lost = [n for n in names if n not in modules]
         if lost:
             raise NoMatchError(

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Delta, factor_dtype
+from lightning_peft.bottleneck.layers import NON_LINEARITIES, NonLinearity, check_width
 from lightning_peft.bottleneck.placement import AdapterMethod
-from lightning_peft.bottleneck.wrappers import NON_LINEARITIES, NonLinearity, check_width
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import check_number
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import base_tensor
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.methods.lora import LoRA
 
@@ -34,14 +34,15 @@ class DoRAFactors(LowRank):
         """The corrected matrix: ``m · V / ‖V‖`` with ``V = W + s·B·A``."""
         return self.gain(matrix).unsqueeze(-1) * super().combine(matrix)
 
-    def join(self, layer: Adapted, y: Tensor, low: Tensor) -> Tensor:
-        """Scale base and branch; the bias stays as it is."""
-        gain = layer.channels(self.gain(self.matrix(layer.base.weight)))
-        bias = getattr(layer.base, "bias", None)
+    def join(self, layer: Any, output: Tensor, low: Tensor) -> Tensor:
+        """Scale output and correction; the bias stays as it is."""
+        weight = base_tensor(layer, "weight")
+        gain = layer._over_output(self.gain(self.matrix(weight)))
+        bias = getattr(layer, "bias", None)
         if bias is None:
-            return ((y + low) * gain).to(y.dtype)
-        bias = layer.channels(bias)
-        return ((y - bias + low) * gain + bias).to(y.dtype)
+            return ((output + low) * gain).to(output.dtype)
+        bias = layer._over_output(bias)
+        return ((output - bias + low) * gain + bias).to(output.dtype)
 
 
 @dataclass(frozen=True)

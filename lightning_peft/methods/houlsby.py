@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.bottleneck.layers import Bottleneck, NonLinearity
 from lightning_peft.bottleneck.placement import AdapterMethod
-from lightning_peft.bottleneck.wrappers import Bottleneck, NonLinearity
 
 
 @dataclass(frozen=True)

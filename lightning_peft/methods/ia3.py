@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_peft.adapted import Adapted, Delta, factor_dtype
-from lightning_peft.lowrank import read_children
+from lightning_peft import lowrank
+from lightning_peft.adapted import (
+    Adapted,
+    CorrectedWeights,
+    Delta,
+    adapt,
+    base_class,
+    base_tensor,
+    factor_dtype,
+    is_conv1d,
+    make_readable,
+)
 from lightning_peft.match import means
 from lightning_peft.method import Method
+from lightning_peft.quantized import packed
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class IA3Scale(Delta):
@@ -24,100 +35,95 @@ class IA3Scale(Delta):
         super().__init__()
         self.ia3_l = nn.Parameter(torch.ones(size, dtype=factor_dtype(weight), device=weight.device))
 
+    def forward(self, x: Tensor, dim: int) -> Tensor:
+        """x rescaled along a dimension, in its own dtype."""
+        shape = [1] * x.ndim
+        shape[dim] = -1
+        return (x * self.ia3_l.view(shape)).to(x.dtype)
 
-class IA3Output(Adapted):
-    """A linear layer whose output is rescaled: ``y = l ⊙ (Wx + b)``."""
 
-    base: Any
-    delta: Any
-    #: whether some code reads ``weight`` and ``bias`` instead of calling this module
-    read = False
+class IA3Layer(Adapted):
+    """A linear layer or a convolution that is rescaled at its output or at its input."""
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight; the rescaled one where it is read instead of this module being called."""
-        weight = self.base.weight
-        return self.merged()["weight"].to(weight.dtype) if self.read and self.active else weight
+    def _feature_dim(self) -> int:
+        """The dimension of input and output that holds features or channels."""
+        return -1 - len(self.kernel_size) if isinstance(self, _CONVS) else -1
 
-    @property
-    def bias(self) -> Tensor | None:
-        """As `weight`."""
-        bias = self.base.bias
-        return self.merged()["bias"].to(bias.dtype) if bias is not None and self.read and self.active else bias
+    def _obstacle(self) -> str | None:
+        known = is_conv1d(self) or base_class(self).forward in [kind.forward for kind in (nn.Linear, *_CONVS)]
+        if known:
+            return super()._obstacle()
+        return (
+            f"{type(self).__name__} computes with its weight in a way of its own, so a scale of its features cannot be"
+            " folded into that weight."
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, in) -> (…, out)."""
-        y = self.base(x)
-        return (y * self.delta.ia3_l).to(y.dtype) if self.active else y
+
+class IA3Output(IA3Layer):
+    """A layer whose output is rescaled: ``y = l ⊙ (Wx + b)``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base: (…, in) -> (…, out)."""
+        output = self._base_forward(*args, **kwargs)
+        return self.delta(output, self._feature_dim()) if self._adapter.active else output
 
     def merged(self) -> dict[str, Tensor]:
         """Weight and bias, rescaled by output."""
-        scale, weight = self.delta.ia3_l, self.base.weight
-        rows = scale.unsqueeze(1) if isinstance(self.base, nn.Linear) else scale
-        found = {"weight": weight.to(scale.dtype) * rows}
-        if self.base.bias is not None:
-            found["bias"] = self.base.bias.to(scale.dtype) * scale
+        scale, weight, bias = self.delta.ia3_l, base_tensor(self, "weight"), base_tensor(self, "bias", None)
+        shape = [1] * weight.ndim
+        shape[1 if is_conv1d(self) else 0] = -1
+        found = {"weight": weight.to(scale.dtype) * scale.view(shape)}
+        if bias is not None:
+            found["bias"] = bias.to(scale.dtype) * scale
         return found
 
+    def _readable(self) -> tuple[str, ...]:
+        return () if packed(self) else ("weight", "bias")
 
-class IA3Input(Adapted):
-    """A linear layer whose input is rescaled: ``y = W(l ⊙ x) + b``."""
+    def _corrected(self, name: str) -> Any:
+        return None if base_tensor(self, name) is None else super()._corrected(name)
 
-    base: Any
-    delta: Any
-    #: whether some code reads ``weight`` instead of calling this module
-    read = False
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight; the rescaled one where it is read instead of this module being called."""
-        weight = self.base.weight
-        return self.merged()["weight"].to(weight.dtype) if self.read and self.active else weight
+class IA3Input(IA3Layer):
+    """A layer whose input is rescaled: ``y = W(l ⊙ x) + b``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, in) -> (…, out)."""
-        return self.base((x * self.delta.ia3_l).to(x.dtype) if self.active else x)
+    def forward(self, input: Tensor) -> Any:
+        """input: (…, in) -> (…, out)."""
+        if self._adapter.active:
+            input = self.delta(input, self._feature_dim())
+        return self._base_forward(input)
 
     def merged(self) -> dict[str, Tensor]:
         """The weight, rescaled by input."""
-        scale, weight = self.delta.ia3_l, self.base.weight
-        columns = scale if isinstance(self.base, nn.Linear) else scale.unsqueeze(1)
-        return {"weight": weight.to(scale.dtype) * columns}
+        scale, weight = self.delta.ia3_l, base_tensor(self, "weight")
+        if is_conv1d(self):
+            return {"weight": weight.to(scale.dtype) * scale.unsqueeze(1)}
+        # the rows of a convolution with groups see the channels of their own group only
+        groups = getattr(self, "groups", 1)
+        by_group = weight.to(scale.dtype).unflatten(0, (groups, -1))
+        columns = scale.view(groups, 1, -1, *(1,) * (weight.ndim - 2))
+        return {"weight": (by_group * columns).flatten(0, 1)}
+
+    def _readable(self) -> tuple[str, ...]:
+        return () if packed(self) else ("weight",)
 
 
-class IA3Attention(Adapted):
+class IA3Attention(CorrectedWeights):
     """The packed input projections of `nn.MultiheadAttention`, whose parameters are read, not called."""
-
-    base: Any
-    delta: Any
 
     def merged(self) -> dict[str, Tensor]:
         """Weight and bias, rescaled by output."""
-        scale, base = self.delta.ia3_l, self.base
-        found = {"in_proj_weight": base.in_proj_weight.to(scale.dtype) * scale.unsqueeze(1)}
-        if base.in_proj_bias is not None:
-            found["in_proj_bias"] = base.in_proj_bias.to(scale.dtype) * scale
+        scale, weight, bias = self.delta.ia3_l, base_tensor(self, "in_proj_weight"), base_tensor(self, "in_proj_bias")
+        found = {"in_proj_weight": weight.to(scale.dtype) * scale.unsqueeze(1)}
+        if bias is not None:
+            found["in_proj_bias"] = bias.to(scale.dtype) * scale
         return found
 
-    def corrected(self) -> dict[str, Tensor]:
-        """The parameters the base should see, in their own dtype."""
-        return {n: t.to(self.base._parameters[n].dtype) for n, t in self.merged().items()}
+    def _readable(self) -> tuple[str, ...]:
+        return ("in_proj_weight", "in_proj_bias")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments and result are those of the base."""
-        if not self.active:
-            return self.base(*args, **kwargs)
-        return functional_call(self.base, self.corrected(), args, kwargs, tie_weights=False)
-
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """What `nn.TransformerEncoderLayer`'s fast path reads."""
-        return self.corrected()["in_proj_weight"] if self.active else self.base.in_proj_weight
-
-    @property
-    def in_proj_bias(self) -> Tensor | None:
-        """What `nn.TransformerEncoderLayer`'s fast path reads."""
-        return self.corrected().get("in_proj_bias") if self.active else self.base.in_proj_bias
+    def _corrected(self, name: str) -> Any:
+        return None if base_tensor(self, name) is None else super()._corrected(name)
 
 
 @dataclass(frozen=True)
@@ -158,28 +164,35 @@ class IA3(Method):
     layers: list[int] | None = None
 
     def adapts(self, module: nn.Module) -> bool:
-        """Linear layers, Conv1D and `nn.MultiheadAttention` with packed projections."""
-        packed = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
-        return packed or (self.is_linear(module) and not isinstance(module, NonDynamicallyQuantizableLinear))
-
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
-        """Wrap one layer, at its input or its output."""
+        """Linear layers, Conv1D, convolutions, and `nn.MultiheadAttention` with packed projections."""
         if isinstance(module, nn.MultiheadAttention):
-            return IA3Attention(module, IA3Scale(module.in_proj_weight, 3 * module.embed_dim))
-        size_in, size_out = (
-            (module.in_features, module.out_features)
-            if hasattr(module, "in_features")
-            else (
-                module.nx,
-                module.nf,
-            )
-        )
-        if means(self.feedforward_modules, name, module, self.is_linear):
-            return IA3Input(module, IA3Scale(module.weight, size_in))
-        return IA3Output(module, IA3Scale(module.weight, size_out))
+            return module.in_proj_weight is not None
+        if isinstance(module, NonDynamicallyQuantizableLinear):  # the output projection of nn.MultiheadAttention
+            return False
+        return isinstance(module, _CONVS) or self.is_linear(module)
 
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
-        """Link layers to code that reads their weights."""
-        for _, child in read_children(model):
-            if isinstance(child, (IA3Input, IA3Output)):
-                child.read = True
+    def is_linear(self, module: nn.Module) -> bool:
+        """Linear layers, also those of other libraries, and Conv1D."""
+        return lowrank.is_linear(module) and not isinstance(module, nn.MultiheadAttention)
+
+    def adapt(self, module: Any, name: str) -> None:
+        """Adapt one layer, at its input or its output."""
+        if isinstance(module, nn.MultiheadAttention):
+            adapt(module, IA3Attention, IA3Scale(module.in_proj_weight, 3 * module.embed_dim))
+            make_readable(module, module._readable())
+            return
+        size_in, size_out = _sizes(module)
+        if means(self.feedforward_modules, name, module, self.is_linear):
+            adapt(module, IA3Input, IA3Scale(module.weight, size_in))
+        else:
+            adapt(module, IA3Output, IA3Scale(module.weight, size_out))
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Features, or channels, of input and output."""
+    for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("nx", "nf")):
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            return sizes
+    rows, columns = module.weight.shape
+    return columns, rows

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from lightning_peft import lowrank
-from lightning_peft.adapted import Adapted
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.lowrank.starts import STARTS, start
@@ -112,7 +111,7 @@ class LoRA(Method):
         return lowrank.is_linear(module)
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-        """The modules to wrap; an attention module of torch brings its output projection along."""
+        """The modules to adapt; an attention module of torch brings its output projection along."""
         chosen = lowrank.with_output(super().targets(model, prefix), self.exclude_modules, prefix)
         for pattern in [*self.rank_pattern, *self.alpha_pattern]:
             if not any(matcher(pattern)(n) for n in chosen):
@@ -149,14 +148,9 @@ class LoRA(Method):
         r = self.rank(name)
         return self.numerator(name) / (r**0.5 if self.use_rslora else r)
 
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
-        """Wrap one layer; the factors are drawn from a generator seeded by ``init_seed`` and ``name``."""
-        return lowrank.wrap(module, name, lambda place: self.make(place, name))
-
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
-        """Link layers to code that reads their weights, and to those that read the same input."""
-        lowrank.read_by_parents(model)
-        lowrank.link(wrapped)
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Adapt one layer; the factors are drawn from a generator seeded by ``init_seed`` and ``name``."""
+        lowrank.adapt_layer(module, name, lambda place: self.make(place, name))
 
     def make(self, place: Place, name: str) -> LowRank:
         """The factors of one matrix of the layer ``name``, with their start values."""

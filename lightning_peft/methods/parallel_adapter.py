@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from lightning_peft.bottleneck.layers import Bottleneck, NonLinearity
 from lightning_peft.bottleneck.placement import AdapterMethod
-from lightning_peft.bottleneck.wrappers import Bottleneck, NonLinearity
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank import kaiming
 

@@ -6,19 +6,21 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Delta, adapt
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
-from lightning_peft.prompting.attention import SUPPORTED, RegistryAttention, kind_of
+from lightning_peft.prompting.attention import SUPPORTED, PrefixedConfig, RegistryAttention, kind_of
 from lightning_peft.prompting.backbone import parameters_of
-from lightning_peft.prompting.positions import ShiftedPositions, shiftable
+from lightning_peft.prompting.positions import ShiftedPositions, ShiftState, shiftable
 from lightning_peft.prompting.prefix import Prefix, PrefixedAttention, PrefixEncoder, ProjectedPrefix, heads_of
 from lightning_peft.prompting.virtual import disconnect
+from lightning_peft.torch_encoder import keep_open, restore
 from lightning_peft.trainable import require
 
 _CROSS = re.compile(r"(^|\.)(\w*cross\w*|encoder_attn|EncDecAttention|multihead_attn)(\.|$)", re.IGNORECASE)
@@ -115,26 +117,30 @@ class PrefixTuning(Method):
             )
         return chosen | (position_modules(model, chosen) if self.positions == "shift" else {})
 
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
-        """An attention with its prefix, or a position module that shifts."""
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Give an attention its prefix, or let a position module shift."""
         kind = kind_of(module)
         if kind is None:
-            return ShiftedPositions(module, self.num_virtual_tokens)
-        if self.projection:
-            return kind(module, Delta())  # `connect` gives it the network of its stack
-        delta = Prefix(next(module.parameters()), self.num_virtual_tokens, heads_of(module, name))
-        delta.fill(self.generator(name), self.init_std)
-        return kind(module, delta)
+            adapt(module, ShiftedPositions, Delta(), ShiftState(self.num_virtual_tokens, type(module)))
+            return
+        delta: Delta = Delta()  # with a projection, `connect` gives it the network of its stack
+        if not self.projection:
+            heads = heads_of(module, name)
+            delta = Prefix(_like(module), self.num_virtual_tokens, heads)
+            delta.fill(self.generator(name), self.init_std)
+        adapt(module, kind, delta, kind._new_state(module))
+        if kind is RegistryAttention:
+            module.config = PrefixedConfig(module.config, module)
 
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+    def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """One reparametrisation network for each stack; T5's position bias; positions of rotary backbones."""
-        attentions = {n: m for n, m in wrapped.items() if isinstance(m, PrefixedAttention)}
+        attentions = {n: m for n, m in adapted.items() if isinstance(m, PrefixedAttention)}
         shared: dict[str, PrefixEncoder] = {}
         for name, module in attentions.items() if self.projection else ():
-            heads, stack = heads_of(module.base, name), stack_of(name)
+            heads, stack = heads_of(module, name), stack_of(name)
             if stack not in shared:
-                weight, width = next(module.base.parameters()), heads.count * heads.key
-                shared[stack] = PrefixEncoder(weight, self.num_virtual_tokens, width, self.hidden_size)
+                width = heads.count * heads.key
+                shared[stack] = PrefixEncoder(_like(module), self.num_virtual_tokens, width, self.hidden_size)
                 shared[stack].fill(self.generator(stack))
             module.delta = ProjectedPrefix(shared[stack], heads)
             module.delta.fill(self.generator(name))
@@ -142,16 +148,18 @@ class PrefixTuning(Method):
         for home in rotary_backbones(model):
             inside = next((m for m in home.modules() if isinstance(m, PrefixedAttention)), None)
             if inside is not None:
-                home.register_forward_pre_hook(inside.place, with_kwargs=True)
+                home.register_forward_pre_hook(inside._adapter.place, with_kwargs=True)
+        keep_open(model, attentions.values())
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the prefixes out; attentions get their own config back."""
         for name in names:
             module = model.get_submodule(name)
             if isinstance(module, PrefixedAttention):
-                module.release()
-                disconnect(model, module)
+                module._undo()
+                disconnect(model, module._adapter)
         super().detach(model, names)
+        restore(model)
 
     def fold(self, model: nn.Module) -> None:
         """Replace the reparametrisation networks by the keys and values they give, for inference and export.
@@ -209,7 +217,7 @@ def rotary_backbones(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if any(type(getattr(c, "base", c)).__name__.endswith("RotaryEmbedding") for c in module.children())
+        if any(type(child).__name__.endswith("RotaryEmbedding") for child in module.children())
         and {"position_ids", "attention_mask"} <= set(parameters_of(module))
     ]
 
@@ -232,14 +240,18 @@ def stack_of(name: str) -> str:
 
 def link_biases(model: nn.Module, attentions: Mapping[str, nn.Module]) -> None:
     """Tell attentions with a relative position bias which module of their stack computes it (T5: the first layer's)."""
-    relative = {n: m for n, m in attentions.items() if hasattr(m.base, "has_relative_attention_bias")}
+    relative: dict[str, Any] = {n: m for n, m in attentions.items() if hasattr(m, "has_relative_attention_bias")}
     if not relative:
         return
     owners: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, Adapted) and getattr(module, "has_relative_attention_bias", False):
-            owners.setdefault(stack_of(name.removesuffix(".base")), module)
+        if getattr(module, "has_relative_attention_bias", False):
+            owners.setdefault(stack_of(name), module)
     for name, module in relative.items():
-        own = module.base.has_relative_attention_bias
-        owner = module.base if own else owners.get(stack_of(name))
-        module.bias_owner = () if owner is None else (owner,)
+        owner = module if module.has_relative_attention_bias else owners.get(stack_of(name))
+        module._adapter.bias_owner = () if owner is None else (owner,)
+
+
+def _like(module: nn.Module) -> Tensor:
+    """A tensor of the attention, for dtype and device; some attentions have none."""
+    return next(module.parameters(), torch.empty(()))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import adapt
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.match import select
 from lightning_peft.method import Method, check_number
 from lightning_peft.prompting.backbone import backbones
 from lightning_peft.prompting.prefix import normal_
 from lightning_peft.prompting.prompt import Prompt
-from lightning_peft.prompting.virtual import SUPPORTED, VirtualTokens, connect, disconnect
-from lightning_peft.prompting.visual import VisualTokens, positions_of, vision_backbones
+from lightning_peft.prompting.virtual import SUPPORTED, PromptedEmbedding, VirtualTokens, connect, disconnect
+from lightning_peft.prompting.visual import PromptedImage, VisualTokens, positions_of, vision_backbones
 from lightning_peft.prompting.visual import connect as connect_visual
 
 CHOICES = {"position": ("prepend", "append"), "init": ("vocab", "random", "text")}
@@ -98,41 +98,41 @@ class PromptTuning(Method):
         """The input embedding of the first text backbone, else of the first vision backbone."""
         return input_embeddings(self, model, prefix, dict(vision_backbones(model)))
 
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
-        """The embedding with its prompt; the start values are drawn here, those of a text in `connect`."""
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Give the embedding its prompt; the start values are drawn here, those of a text in `connect`."""
         n, generator = self.num_virtual_tokens, self.generator(name)
         if not is_table(module):
             positions = positions_of(module)
             delta = Prompt(positions, n, positions.shape[-1])
             normal_(delta.prompt, generator, 0.02)
-            return VisualTokens(module, delta, n)
+            adapt(module, PromptedImage, delta, VisualTokens(n))
+            return
         delta = Prompt(module.weight, n, module.embedding_dim)
         if self.init == "vocab":
             ids = torch.randint(module.num_embeddings, (n,), generator=generator)
             rows_of(delta.prompt, module, ids)
         elif self.init == "random":
             normal_(delta.prompt, generator, spread(module))
-        return VirtualTokens(module, delta, n, self.position)
+        adapt(module, PromptedEmbedding, delta, VirtualTokens(module, n, self.position))
 
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+    def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """Hook the embeddings to their backbones."""
         homes = {id(table): backbone for backbone, table in (*backbones(model), *vision_backbones(model))}
-        for module in wrapped.values():
+        for module in adapted.values():
             backbone = homes[id(module)]
-            if isinstance(module, VisualTokens):
-                connect_visual(module, backbone)
+            if isinstance(module, PromptedImage):
+                connect_visual(module._adapter, backbone)
                 continue
-            connect(model, module, backbone)
+            connect(model, module._adapter, backbone)
             if self.init == "text" and not module.weight.is_meta:
                 ids = torch.tensor(token_ids(self.init_text, backbone.config), dtype=torch.long)
-                rows_of(
-                    module.delta.prompt, module.base, ids.repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]
-                )
+                repeated = ids.repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]
+                rows_of(module.delta.prompt, module._base_forward, repeated)
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the vectors and the hooks out again."""
         for name in names:
-            disconnect(model, model.get_submodule(name))
+            disconnect(model, model.get_submodule(name)._adapter)
         super().detach(model, names)
 
 
@@ -160,7 +160,7 @@ def is_table(module: nn.Module) -> bool:
     return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
 
 
-def rows_of(prompt: nn.Parameter, table: nn.Module, ids: Tensor) -> None:
+def rows_of(prompt: nn.Parameter, table: Callable[[Tensor], Tensor], ids: Tensor) -> None:
     """Start from the embeddings of tokens, scaled as the model scales them."""
     if not prompt.is_meta:
         with torch.no_grad():

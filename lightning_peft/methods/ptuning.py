@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Delta, adapt
 from lightning_peft.errors import ConfigError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
@@ -18,7 +18,7 @@ from lightning_peft.methods.prompt_tuning import input_embeddings, is_table, spr
 from lightning_peft.prompting.backbone import backbones
 from lightning_peft.prompting.prefix import normal_
 from lightning_peft.prompting.prompt import Prompt, PromptEncoder
-from lightning_peft.prompting.virtual import VirtualTokens, connect, disconnect
+from lightning_peft.prompting.virtual import PromptedEmbedding, VirtualTokens, connect, disconnect
 from lightning_peft.trainable import require
 
 
@@ -93,8 +93,8 @@ class PTuning(Method):
         options = {"prefix": prefix, "method": "PTuning"}
         return select(candidates(model), self.target_modules, self.adapts, self.is_linear, **options)
 
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
-        """The embedding with its prompt encoder."""
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Give the embedding its prompt encoder."""
         n, dim, generator = self.num_virtual_tokens, module.embedding_dim, self.generator(name)
         if self.encoder == "none":
             delta: Delta = Prompt(module.weight, n, dim)
@@ -103,26 +103,26 @@ class PTuning(Method):
             hidden = (self.lstm_hidden or max(1, dim // 2)) if self.encoder == "lstm" else None
             delta = PromptEncoder(module.weight, n, dim, hidden)
             delta.fill(generator)
-        return Placeholders(
-            module, delta, n, module.num_embeddings if self.placeholder_id is None else self.placeholder_id
-        )
+        placeholder = module.num_embeddings if self.placeholder_id is None else self.placeholder_id
+        adapt(module, PromptedEmbedding, delta, Placeholders(module, n, placeholder))
 
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+    def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """Hook the embedding to its backbone, for batches without placeholders."""
         homes = {id(table): backbone for backbone, table in backbones(model)}
-        for module in wrapped.values():
-            backbone = homes.get(id(module))
+        for embedding in adapted.values():
+            backbone = homes.get(id(embedding))
             if backbone is None:
                 continue
-            module.hooked = True
-            connect(model, module, backbone)
+            tokens = embedding._adapter
+            tokens.hooked = True
+            connect(model, tokens, backbone)
             if self.placeholder_id is None:
-                module.placeholder = backbone.config.vocab_size
+                tokens.placeholder = backbone.config.vocab_size
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the vectors and the hooks out again."""
         for name in names:
-            disconnect(model, model.get_submodule(name))
+            disconnect(model, model.get_submodule(name)._adapter)
         super().detach(model, names)
 
     def fold(self, model: nn.Module) -> None:
@@ -147,10 +147,10 @@ class PTuning(Method):
 
 
 class Placeholders(VirtualTokens):
-    """An embedding in which the i-th placeholder of a row stands for vector i."""
+    """Virtual tokens for which placeholders stand: the i-th placeholder of a row for vector i."""
 
-    def __init__(self, base: nn.Module, delta: Delta, n: int, placeholder: int) -> None:
-        super().__init__(base, delta, n)
+    def __init__(self, embedding: nn.Module, n: int, placeholder: int) -> None:
+        super().__init__(embedding, n)
         self.placeholder = placeholder
         self.hooked = False
         self.met = False  # placeholders were looked up ahead of the backbone (models of several modalities)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft import lowrank
-from lightning_peft.adapted import Adapted, Delta, factor_dtype
+from lightning_peft.adapted import Delta, factor_dtype
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.method import Method, check_number
 
@@ -47,7 +47,7 @@ class VeRAFactors(LowRank):
         A, B = self.slices()
         return self.vera_d.unsqueeze(1) * A, self.vera_b.unsqueeze(1) * B
 
-    def forward(self, x: Tensor) -> Tensor:
+    def linear(self, x: Tensor) -> Tensor:
         """x: (…, in) -> (…, out); the vectors multiply activations, so the frozen matrices take no gradient."""
         A, B = self.slices()
         return F.linear(F.linear(self.dropped(x.to(A.dtype)), A) * self.vera_d, B) * self.vera_b
@@ -105,12 +105,12 @@ class VeRA(Method):
         return lowrank.is_linear(module)
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-        """The modules to wrap; an attention module of torch brings its output projection along."""
+        """The modules to adapt; an attention module of torch brings its output projection along."""
         return lowrank.with_output(super().targets(model, prefix), self.exclude_modules, prefix)
 
-    def wrap(self, module: nn.Module, name: str) -> Adapted:
-        """Wrap one layer; `connect` completes it."""
-        return lowrank.wrap(module, name, self.make)
+    def adapt(self, module: nn.Module, name: str) -> None:
+        """Adapt one layer; `connect` completes it."""
+        lowrank.adapt_layer(module, name, self.make)
 
     def make(self, place: Place) -> VeRAFactors:
         """The vectors of one layer."""
@@ -119,9 +119,9 @@ class VeRA(Method):
             delta.vera_d.fill_(self.d_initial)
         return delta
 
-    def connect(self, model: nn.Module, wrapped: Mapping[str, nn.Module]) -> None:
+    def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """Give all layers the same matrices, wide enough for the widest."""
-        deltas = [d for module in wrapped.values() for d in lowrank.factors_of(module)]
+        deltas = [delta for layer in adapted.values() for delta in lowrank.factors_of(layer)]
         first = deltas[0].vera_b
         size_in, size_out = max(d.size_in for d in deltas), max(len(d.vera_b) for d in deltas)
         generator = torch.Generator().manual_seed(self.init_seed)
@@ -129,7 +129,6 @@ class VeRA(Method):
         shared = VeRAShared(A.to(first.device, first.dtype), B.to(first.device, first.dtype))
         for delta in deltas:
             delta.shared = shared
-        lowrank.read_by_parents(model)
 
     def state_names(self, model: nn.Module) -> list[str]:
         """A and B."""

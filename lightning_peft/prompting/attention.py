@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_peft.adapted import Delta
 from lightning_peft.errors import ConfigError
 from lightning_peft.prompting.backbone import cache_of
 from lightning_peft.prompting.multihead import MultiheadPrefix
-from lightning_peft.prompting.prefix import PrefixedAttention, causal, squares, widen
+from lightning_peft.prompting.prefix import PrefixedAttention, PrefixState, causal, squares, widen
 
 #: the name under which our function stands in transformers' registry
 REGISTERED = "lightning_peft_prefix"
@@ -30,24 +29,38 @@ SUPPORTED = (
 )
 
 
-class RegistryAttention(PrefixedAttention):
-    """An attention of transformers. Its module sees a config that names our function; the model's config is untouched.
+class RegistryState(PrefixState):
+    """What an attention of transformers remembers.
 
-    ``bias_owner`` holds the module that computes T5's relative position bias for this stack, if there is one.
+    Attributes:
+        eager: the model's own eager attention function.
+        bias_owner: the module that computes T5's relative position bias for this stack, if there is one.
+        past: how many tokens are in the cache of this call.
     """
 
-    def __init__(self, base: nn.Module, delta: Delta) -> None:
-        super().__init__(base, delta)
-        register()
-        self.eager = eager_function(base)
+    def __init__(self, eager: Any) -> None:
+        super().__init__()
+        self.eager = eager
         self.bias_owner: tuple[nn.Module, ...] = ()
         self.past: Any = 0
-        check_implementation(base.config)
-        base.config = PrefixedConfig(base.config, self)
 
-    def release(self) -> None:
-        """Give the base its own config back."""
-        self.base.config = self.base.config.config
+
+class RegistryAttention(PrefixedAttention):
+    """An attention of transformers. It sees a config that names our function; the model's config is untouched."""
+
+    _adapter: RegistryState
+    config: Any
+    layer_idx: int
+
+    @classmethod
+    def _new_state(cls, attention: nn.Module) -> RegistryState:
+        register()
+        check_implementation(attention.config)
+        return RegistryState(eager_function(attention))
+
+    def _undo(self) -> None:
+        """Give the attention its own config back."""
+        self.config = self.config.config
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -55,18 +68,20 @@ class RegistryAttention(PrefixedAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base."""
-        if self.bias_owner and self.active:
+        state = self._adapter
+        if state.bias_owner and state.active:
             cache = cache_of(kwargs)
-            past = 0 if cache is None else cache.get_seq_length(self.base.layer_idx)
-            self.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
-        return self.base(*args, **kwargs)
+            past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+            state.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        return self._base_forward(*args, **kwargs)
 
-    def widen_bias(self, bias: Tensor, n: int) -> Tensor:
+    def _widen_bias(self, bias: Tensor, n: int) -> Tensor:
         """T5's position bias (1, heads, queries, keys) with the prefix at the positions -n … -1."""
+        state = self._adapter
         front = bias.new_zeros(*bias.shape[:-1], n)
-        if self.bias_owner:
-            owner = self.bias_owner[0]
-            front = owner.compute_bias(bias.shape[-2], n, device=bias.device, past_seen_tokens=self.past + n)
+        if state.bias_owner:
+            owner: Any = state.bias_owner[0]
+            front = owner.compute_bias(bias.shape[-2], n, device=bias.device, past_seen_tokens=state.past + n)
         return torch.cat([front.to(bias.dtype).expand(*bias.shape[:-1], n), bias], dim=-1)
 
 
@@ -78,7 +93,7 @@ class PrefixedConfig:
 
     @property
     def _attn_implementation(self) -> str | None:
-        return REGISTERED if self.owner.active else self.config._attn_implementation
+        return REGISTERED if self.owner._adapter.active else self.config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "config" not in self.__dict__:  # copying and unpickling ask before it is filled
@@ -109,21 +124,21 @@ def prefix_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """What the registry calls for an adapted module: the model's own function, over longer keys and values."""
-    owner = module.config.owner
+    owner: Any = module.config.owner
     name = check_implementation(module.config.config)
     length, queries, bias = key.shape[-2], query.shape[-2], kwargs.get("position_bias")
-    key, value, n = owner.put(key, value)
+    key, value, n = owner._put_prefix(key, value)
     flag = kwargs.get("is_causal")
     flag = getattr(module, "is_causal", True) if flag is None else flag
     implied = name == "sdpa" and attention_mask is None and queries > 1 and flag  # eager masks are always explicit
     if bias is not None:
-        kwargs["position_bias"] = owner.widen_bias(bias, n)
+        kwargs["position_bias"] = owner._widen_bias(bias, n)
     if attention_mask is not None:
         attention_mask = widen(attention_mask, n, length)
     elif implied and (bias is not None or not squares(queries, length, n)):
         attention_mask = causal(queries, length, n, query.device)[None, None]
     if name == "eager":
-        output, weights = owner.eager(module, query, key, value, attention_mask, **kwargs)
+        output, weights = owner._adapter.eager(module, query, key, value, attention_mask, **kwargs)
         return output, None if weights is None else weights[..., n:]
     function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS["sdpa"]
     square = implied and attention_mask is None
@@ -138,19 +153,19 @@ class CalledAttention(PrefixedAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base."""
-        if not self.active:
-            return self.base(*args, **kwargs)
+        if not self._adapter.active:
+            return self._base_forward(*args, **kwargs)
         calls = _Calls(self)
         with calls:
-            out = self.base(*args, **kwargs)
+            out = self._base_forward(*args, **kwargs)
         if not calls.count:
             raise ConfigError(
-                f"{type(self.base).__name__} did not call F.scaled_dot_product_attention, so its prefix had no effect."
+                f"{type(self).__name__} did not call F.scaled_dot_product_attention, so its prefix had no effect."
                 " Switch its fused attention on (timm: fused_attn), or leave it out with exclude_modules."
             )
         return out
 
-    def attend(
+    def _attend(
         self,
         query: Tensor,
         key: Tensor,
@@ -162,7 +177,7 @@ class CalledAttention(PrefixedAttention):
     ) -> Tensor:
         """``F.scaled_dot_product_attention`` with the prefix in front."""
         length, queries = key.shape[-2], query.shape[-2]
-        key, value, n = self.put(key, value)
+        key, value, n = self._put_prefix(key, value)
         if attn_mask is not None:
             attn_mask = widen(attn_mask, n, length)
         elif is_causal and not squares(queries, length, n):
@@ -173,7 +188,7 @@ class CalledAttention(PrefixedAttention):
 
 
 class _Calls(TorchFunctionMode):
-    """While active, sends the calls of ``F.scaled_dot_product_attention`` to one module's `attend`."""
+    """While active, sends the calls of ``F.scaled_dot_product_attention`` to one module's `_attend`."""
 
     def __init__(self, owner: CalledAttention) -> None:
         super().__init__()
@@ -183,11 +198,11 @@ class _Calls(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.count += 1
-        return self.owner.attend(*args, **(kwargs or {}))
+        return self.owner._attend(*args, **(kwargs or {}))
 
 
 def kind_of(module: nn.Module) -> type[PrefixedAttention] | None:
-    """The wrapper for an attention module, or None for every other module."""
+    """The kind of adapted attention for a module, or None for every other module."""
     if isinstance(module, nn.MultiheadAttention):
         return MultiheadPrefix
     if "ALL_ATTENTION_FUNCTIONS" in _names(type(module).forward) and hasattr(module, "config"):

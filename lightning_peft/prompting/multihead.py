@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,6 @@ from lightning_peft.prompting.prefix import PrefixedAttention
 
 class MultiheadPrefix(PrefixedAttention):
     """`nn.MultiheadAttention` with a prefix. The same arguments and results; weights cover the caller's keys only."""
-
-    @property
-    def in_proj_weight(self) -> Tensor | None:
-        """The base's, in a type that keeps `nn.TransformerEncoderLayer` off its fused path, which skips this module."""
-        weight = self.base.in_proj_weight
-        return weight.as_subclass(_Visible) if self.active and weight is not None else weight
 
     def forward(
         self,
@@ -32,22 +27,22 @@ class MultiheadPrefix(PrefixedAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention`: batched or not, batch first or not, masks float or bool (True hides)."""
-        base = self.base
-        if not self.active:
+        base: Any = self
+        if not self._adapter.active:
             rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return base(query, key, value, *rest)
+            return self._base_forward(query, key, value, *rest)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3
         swap = batched and not base.batch_first
         states = [x.transpose(0, 1) if swap else x if batched else x.unsqueeze(0) for x in (query, key, value)]
-        q, k, v = (self._split(x) for x in _project(base, *states))
+        q, k, v = (_split(base, x) for x in _project(base, *states))
         if base.bias_k is not None:
-            k = torch.cat([k, self._split(base.bias_k).expand(len(k), -1, -1, -1)], dim=-2)
-            v = torch.cat([v, self._split(base.bias_v).expand(len(v), -1, -1, -1)], dim=-2)
+            k = torch.cat([k, _split(base, base.bias_k).expand(len(k), -1, -1, -1)], dim=-2)
+            v = torch.cat([v, _split(base, base.bias_v).expand(len(v), -1, -1, -1)], dim=-2)
         if base.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        k, v, n = self.put(k, v)
+        k, v, n = self._put_prefix(k, v)
         mask = _hidden_to_scores(attn_mask, key_padding_mask, q, n, k.shape[-2])
         dropout = base.dropout if self.training else 0.0
         out, weights = _attend(q, k, v, mask, dropout, need_weights)
@@ -58,12 +53,10 @@ class MultiheadPrefix(PrefixedAttention):
             weights = weights if batched else weights.squeeze(0)
         return out.transpose(0, 1) if swap else out if batched else out.squeeze(0), weights
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.base.num_heads, self.base.head_dim)).transpose(1, 2)
 
-
-class _Visible(Tensor):
-    """A tensor that any torch function call announces itself to (the default ``__torch_function__``)."""
+def _split(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """(batch, length, embed) -> (batch, heads, length, head)."""
+    return x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
 
 def _project(base: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:

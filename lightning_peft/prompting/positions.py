@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Adapted, AdapterState
 from lightning_peft.errors import ConfigError
 
 #: names that transformers gives to tables of learned positions
@@ -17,48 +17,59 @@ TABLES = ("position_embeddings", "position_embedding", "wpe", "embed_positions")
 COUNTERS = ("cache_length", "past_key_values_length")
 
 
+class ShiftState(AdapterState):
+    """How far positions are shifted, and the names of the arguments of the module's forward.
+
+    Args:
+        n: by how many positions.
+        kind: class of the module.
+    """
+
+    def __init__(self, n: int, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.n = n
+        self.argument_names = tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
 class ShiftedPositions(Adapted):
     """A rotary embedding or a table of positions that sees every position ``n`` further on. It trains nothing."""
 
-    def __init__(self, base: nn.Module, n: int) -> None:
-        super().__init__(base, Delta())
-        self.n = n
-        self.parameters_of_base = tuple(inspect.signature(type(base).forward).parameters)[1:]
+    _adapter: ShiftState
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base, for later positions."""
-        if not self.active:
-            return self.base(*args, **kwargs)
-        names = self.parameters_of_base
+        if not self._adapter.active:
+            return self._base_forward(*args, **kwargs)
+        names = self._adapter.argument_names
         bound = dict(zip(names, args, strict=False)) | kwargs
         if bound.get("position_ids") is not None:
-            bound["position_ids"] = self.later(bound["position_ids"])
+            bound["position_ids"] = self._later(bound["position_ids"])
         elif counter := next((name for name in COUNTERS if name in names), None):
             past = bound.get(counter, 0)
-            bound[counter] = past + self.n
+            bound[counter] = past + self._adapter.n
             tokens = bound.get(names[0])  # ids, a mask, or just their shape
             tokens = bound["inputs_embeds"] if tokens is None else tokens
-            self.check(getattr(tokens, "shape", tokens)[1] + past)
+            self._check_room(getattr(tokens, "shape", tokens)[1] + past)
         else:
-            bound[names[0]] = self.later(bound[names[0]])
-        return self.base(**bound)
+            bound[names[0]] = self._later(bound[names[0]])
+        return self._base_forward(**bound)
 
-    def later(self, positions: Tensor) -> Tensor:
+    def _later(self, positions: Tensor) -> Tensor:
         """The positions, moved on."""
         known = positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling()
-        self.check(int(positions.max()) + 1 if known else positions.shape[-1])  # looking costs a wait elsewhere
-        return positions + self.n
+        self._check_room(int(positions.max()) + 1 if known else positions.shape[-1])  # looking costs a wait elsewhere
+        return positions + self._adapter.n
 
-    def check(self, length: Any) -> None:
+    def _check_room(self, length: Any) -> None:
         """Raise where a table has no row for the last position."""
-        rows = getattr(self.base, "num_embeddings", None)
+        n, rows = self._adapter.n, getattr(self, "num_embeddings", None)
         if rows is None or isinstance(length, Tensor):
             return
-        most = rows - getattr(self.base, "offset", 0)
-        if length + self.n > most:
+        most = rows - getattr(self, "offset", 0)
+        if length + n > most:
             raise ConfigError(
-                f"{length} positions and {self.n} virtual tokens make {length + self.n}, the model has {most}. Shorten"
-                " the input, lower num_virtual_tokens, or use PrefixTuning(positions='keep'), which takes none."
+                f"{length} positions and {n} virtual tokens make {length + n}, the model has {most}. Shorten the input,"
+                " lower num_virtual_tokens, or use PrefixTuning(positions='keep'), which takes none."
             )
 
 

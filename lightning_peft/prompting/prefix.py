@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta, factor_dtype
+from lightning_peft.adapted import Adapted, AdapterState, Delta, factor_dtype
 from lightning_peft.errors import NoMatchError
 from lightning_peft.match import role
 
@@ -108,13 +108,8 @@ class ProjectedPrefix(Delta):
         return prefix
 
 
-class PrefixedAttention(Adapted):
-    """An attention module with learned keys and values; each kind of module has its own subclass."""
-
-    def put(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-        """key, value (…, heads, length, width) with the prefix in front, and its length."""
-        keys, values = self.delta.pair()
-        return in_front(keys, key), in_front(values, value), len(keys)
+class PrefixState(AdapterState):
+    """What an attention with a prefix remembers; its method `place` is a hook on the backbone around it."""
 
     def place(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Hook on a backbone with rotary embeddings: without position ids, count from the first real token of a row.
@@ -131,8 +126,24 @@ class PrefixedAttention(Adapted):
         places = torch.arange(mask.shape[1], device=mask.device) - (mask != 0).int().argmax(dim=1, keepdim=True)
         return (), bound | {"position_ids": places.clamp(min=0)[:, -states.shape[1] :]}
 
-    def release(self) -> None:
-        """Undo what was changed on the base itself."""
+
+class PrefixedAttention(Adapted):
+    """An attention module with learned keys and values; each kind of module has its own subclass."""
+
+    _adapter: PrefixState
+
+    @classmethod
+    def _new_state(cls, attention: nn.Module) -> PrefixState:
+        """What this kind remembers of an attention that is about to be adapted."""
+        return PrefixState()
+
+    def _put_prefix(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        """key, value (…, heads, length, width) with the prefix in front, and its length."""
+        keys, values = self.delta.pair()
+        return in_front(keys, key), in_front(values, value), len(keys)
+
+    def _undo(self) -> None:
+        """Undo what was changed on the attention itself."""
 
 
 def normal_(tensor: Tensor, generator: torch.Generator, std: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Adapted, AdapterState
 from lightning_peft.errors import ConfigError
 from lightning_peft.prompting.backbone import (
     cache_of,
@@ -28,21 +28,21 @@ HELD = "_lightning_peft_virtual"
 SUPPORTED = "transformers models with token ids (encoders, decoders, encoder-decoders) and vision transformers"
 
 
-class VirtualTokens(Adapted):
-    """The input embedding of a backbone. Inside the backbone, virtual token i has the id ``-1 - i``.
+class VirtualTokens(AdapterState):
+    """Virtual tokens at the input embedding of a backbone. Inside the backbone, token i has the id ``-1 - i``.
 
     Hooks on the backbone put these ids into the batch and cut what comes out back to the caller's tokens. They are
-    bound methods of this module, so the model copies and pickles.
+    bound methods of this object, so the model copies and pickles.
 
     Args:
-        base: the embedding.
-        delta: gives the vectors, ``delta.vectors()`` (n, dim).
+        embedding: the adapted embedding; its ``delta.vectors()`` (n, dim) are the tokens.
         n: number of virtual tokens.
         position: ``prepend`` (before the first real token) or ``append`` (behind the last).
     """
 
-    def __init__(self, base: nn.Module, delta: Delta, n: int, position: str = "prepend") -> None:
-        super().__init__(base, delta)
+    def __init__(self, embedding: nn.Module, n: int, position: str = "prepend") -> None:
+        super().__init__()
+        self.embedding: Any = embedding
         self.n, self.position = n, position
         self.causal = False
         self.maximum: int | None = None
@@ -53,16 +53,10 @@ class VirtualTokens(Adapted):
         self.labels: Tensor | None = None
         self.text: int | None = None
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids: (…) -> (…, dim)."""
-        if not self.active:
-            return self.base(input_ids)
-        return self.fill(input_ids)
-
     def fill(self, ids: Tensor) -> Tensor:
         """Embeddings of ids, of which negative ones stand for virtual tokens."""
-        out = self.base(ids.clamp(min=0))
-        vectors = self.delta.vectors().to(out.dtype)
+        out = self.embedding._base_forward(ids.clamp(min=0))
+        vectors = self.embedding.delta.vectors().to(out.dtype)
         virtual = nn.functional.embedding((-1 - ids).clamp(min=0), vectors)
         return torch.where((ids < 0).unsqueeze(-1), virtual, out)
 
@@ -107,7 +101,7 @@ class VirtualTokens(Adapted):
             ids = kwargs["input_ids"]
             kwargs["input_ids"] = places.insert(ids, -1 - torch.arange(self.n, device=ids.device))
         else:
-            kwargs["inputs_embeds"] = places.insert(kwargs["inputs_embeds"], self.delta.vectors())
+            kwargs["inputs_embeds"] = places.insert(kwargs["inputs_embeds"], self.embedding.delta.vectors())
         if mask is not None:  # over a static cache some models get one that is longer than the text
             kwargs["attention_mask"] = places._replace(length=mask.shape[1]).insert(mask, 1)
         if kwargs.get("position_ids") is not None:
@@ -212,6 +206,16 @@ class VirtualTokens(Adapted):
         return self.__dict__ | {"places": None, "crossed": None, "labels": None, "text": None}
 
 
+class PromptedEmbedding(Adapted):
+    """An embedding in which some ids stand for virtual tokens."""
+
+    _adapter: VirtualTokens
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: ids (…) -> (…, dim)."""
+        return self._adapter.fill(input) if self._adapter.active else self._base_forward(input)
+
+
 class Generate:
     """Stands before a model's ``generate``: an appended prompt stays behind the text it was given."""
 
@@ -275,7 +279,7 @@ def connect(model: nn.Module, tokens: VirtualTokens, backbone: nn.Module) -> Non
         outer.__dict__["prepare_inputs_for_generation"] = Prepare(outer, tokens)
 
 
-def disconnect(model: nn.Module, tokens: Adapted) -> None:
+def disconnect(model: nn.Module, tokens: AdapterState) -> None:
     """Take every hook of these virtual tokens, or of a prefix, away."""
     for module in model.modules():
         for hooks, also in (

@@ -8,36 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Adapted, AdapterState
 from lightning_peft.errors import ConfigError
 from lightning_peft.prompting.backbone import parameters_of
 from lightning_peft.prompting.insertion import Insertion, trim
 
 
-class VisualTokens(Adapted):
-    """The embeddings of a vision transformer, with learned vectors between the class token and the patches.
+class VisualTokens(AdapterState):
+    """Virtual tokens of a vision transformer; hooks on its backbone are bound methods of this object."""
 
-    As `virtual.VirtualTokens`, hooked to its backbone by bound methods.
-    """
-
-    def __init__(self, base: nn.Module, delta: Delta, n: int) -> None:
-        super().__init__(base, delta)
+    def __init__(self, n: int) -> None:
+        super().__init__()
         self.n = n
         self.places: Insertion | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Embeddings (batch, 1 + n + patches, dim)."""
-        states = self.base(*args, **kwargs)
-        if not self.active:
-            return states
-        if not isinstance(states, Tensor):
-            raise ConfigError(
-                f"{type(self.base).__name__} gives a {type(states).__name__}, not one row of tokens, so PromptTuning"
-                " has no place in it. PrefixTuning and LoRA work on this model."
-            )
-        first = 1 if any(hasattr(self.base, name) for name in ("cls_token", "class_embedding")) else 0
-        self.places = Insertion(first, self.n, states.shape[1])
-        return self.places.insert(states, self.delta.vectors())
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Cut the backbone's output back."""
@@ -47,6 +30,27 @@ class VisualTokens(Adapted):
     def pool(self, module: nn.Module, args: tuple) -> tuple | None:
         """A pooler inside the backbone sees the image's own tokens."""
         return None if self.places is None or not args else (trim(args[0], self.places), *args[1:])
+
+
+class PromptedImage(Adapted):
+    """The embeddings of a vision transformer, with learned vectors between the class token and the patches."""
+
+    _adapter: VisualTokens
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Embeddings (batch, 1 + n + patches, dim)."""
+        tokens = self._adapter
+        states = self._base_forward(*args, **kwargs)
+        if not tokens.active:
+            return states
+        if not isinstance(states, Tensor):
+            raise ConfigError(
+                f"{type(self).__name__} gives a {type(states).__name__}, not one row of tokens, so PromptTuning has no"
+                " place in it. PrefixTuning and LoRA work on this model."
+            )
+        first = 1 if any(hasattr(self, name) for name in ("cls_token", "class_embedding")) else 0
+        tokens.places = Insertion(first, tokens.n, states.shape[1])
+        return tokens.places.insert(states, self.delta.vectors())
 
 
 def vision_backbones(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

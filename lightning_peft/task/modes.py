@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Delta
 from lightning_peft.errors import ConfigError
 from lightning_peft.trainable import find
 
@@ -37,8 +37,6 @@ def train_mode(network: nn.Module, base: Literal["train", "eval"]) -> str:
         saved = found is not None and any(name == s or name.startswith(s + ".") for s in found[0].saved)
         if saved or isinstance(module, Delta):
             module.train()
-        elif isinstance(module, Adapted):
-            module.training = True
     return f"Base in eval mode: {count} of the model off, except in what trains."
 
 

@@ -70,7 +70,7 @@ def by_hand() -> None:
     trained = loss()
     save_adapter(module, OUT / "sharded.safetensors")
     merge(module)
-    assert abs(loss() - trained) < 1e-5 and not module.net.bert.pooler.dense.active
+    assert abs(loss() - trained) < 1e-5 and not module.net.bert.pooler.dense._adapter.active
     unmerge(module)
     assert loss() == trained
     batch = next(iter(rows()))
@@ -93,7 +93,7 @@ def refusals() -> None:
 
     class Columns(Member):
         def configure_model(self):
-            plan = {"bert.pooler.dense.base": ColwiseParallel(use_local_output=False)}
+            plan = {"bert.pooler.dense": ColwiseParallel(use_local_output=False)}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
 
     tensor = run("file", PEFT(LoRA()))

@@ -72,7 +72,7 @@ def test_full_checkpoint_of_a_merged_module_holds_the_base(tmp_path):
     fresh = Plain().eval()
     load_adapter(fresh, tmp_path / "full.ckpt")
     torch.testing.assert_close(fresh.net(x), expected)
-    base = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]["net.0.base.weight"]
+    base = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]["net.0.weight"]
     assert torch.equal(base, Plain().net[0].weight)
 
 
@@ -332,9 +332,9 @@ def test_a_full_checkpoint_brings_its_own_base(tmp_path):
     with pytest.raises(CheckpointError, match="sampled weights differ"):
         load_adapter(Plain(seed=1), content)
     cut = torch.load(content, weights_only=True)
-    del cut["state_dict"]["net.0.base.weight"]
+    del cut["state_dict"]["net.0.weight"]
     torch.save(cut, tmp_path / "cut.ckpt")
-    with pytest.raises(CheckpointError, match=r"lacks net\.0\.base\.weight|lacks 0\.base\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks net\.0\.weight|lacks 0\.weight"):
         load_from_checkpoint(Plain, tmp_path / "cut.ckpt")
 
 

@@ -34,7 +34,7 @@ def test_precision(tmp_path, precision, base, factor):
     run = trainer(tmp_path, PEFT(LoRA()), TrainabilityCheck(), MergeOnFitEnd("last"), saver, precision=precision)
     run.fit(module, plain_loader(), plain_loader())
     assert {p.dtype for n, p in module.named_parameters() if n in set(trainable_names(module))} == {factor}
-    assert module.net[0].base.weight.dtype == base
+    assert module.net[0].weight.dtype == base
     kept = torch.load(saver.best_model_path, weights_only=True)["optimizer_states"][0]["state"].values()
     assert {s["exp_avg"].dtype for s in kept} == {factor}
     assert run.test(module, plain_loader(), ckpt_path="best", verbose=False)[0]["test_loss"] > 0
@@ -49,4 +49,4 @@ def test_bitsandbytes_precision(tmp_path):
     BitsandbytesPrecision("nf4", dtype=torch.float32).convert_module(module)
     parameters = dict(module.named_parameters())
     assert trainable_names(module) == names and all(type(parameters[n]) is nn.Parameter for n in names)
-    assert type(module.net[0].base).__name__ == "_NF4Linear" and all(parameters[n].requires_grad for n in names)
+    assert type(module.net[0]).__name__ == "_NF4Linear" and all(parameters[n].requires_grad for n in names)

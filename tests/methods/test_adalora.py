@@ -47,7 +47,7 @@ def test_golden(attention):
     torch.testing.assert_close(method.regularizer(model), weight * term, atol=1e-5, rtol=0)
     merge(model)
     for key, value in case.part("output.merged_weight").items():
-        torch.testing.assert_close(model.get_submodule(key).base.weight.data, value, atol=2e-6, rtol=0)
+        torch.testing.assert_close(model.get_submodule(key).weight.data, value, atol=2e-6, rtol=0)
 
 
 def test_golden_allocator():

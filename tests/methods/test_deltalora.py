@@ -61,7 +61,7 @@ def test_golden_steps():
     close(model(inputs["x"]), "output.final")
     merge(model)
     for name, weight in case.part("output.merged_weight").items():
-        torch.testing.assert_close(model.get_submodule(name).base.weight.data, weight, atol=atol, rtol=0)
+        torch.testing.assert_close(model.get_submodule(name).weight.data, weight, atol=atol, rtol=0)
     unload(model)
     assert same(base, model.state_dict())
 
@@ -122,7 +122,7 @@ def test_gradients_reach_the_input_through_the_moved_weight():
     delta.lora_B.data.normal_()
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     net(x).sum().backward()
-    torch.testing.assert_close(x.grad, torch.ones(6, 5, dtype=torch.float64) @ delta.fold(net[0].base.weight))
+    torch.testing.assert_close(x.grad, torch.ones(6, 5, dtype=torch.float64) @ delta.fold(net[0].weight))
 
 
 def test_short_runs_and_dropout():

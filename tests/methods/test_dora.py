@@ -31,7 +31,7 @@ def test_golden_merged(name):
     model, _ = adapted(case)
     merge(model)
     for key, weight in case.part("output.merged_weight").items():
-        torch.testing.assert_close(model.get_submodule(key).base.weight.data, weight, atol=2e-6, rtol=0)
+        torch.testing.assert_close(model.get_submodule(key).weight.data, weight, atol=2e-6, rtol=0)
     atol = case.meta["tolerance"]["suggested_atol"]
     torch.testing.assert_close(case.run(model), case.tensors["output.adapted"], atol=atol, rtol=0)
 
@@ -42,7 +42,7 @@ def test_magnitude_starts_at_the_norm_of_each_row():
     inject(net, DoRA(r=2))
     magnitude = net[0].delta.lora_magnitude
     assert magnitude.dtype == torch.float32
-    torch.testing.assert_close(magnitude.data, net[0].base.weight.float().norm(dim=1))
+    torch.testing.assert_close(magnitude.data, net[0].weight.float().norm(dim=1))
 
 
 def test_dropout_leaves_the_base_alone():

@@ -66,7 +66,7 @@ def test_golden_merged(name):
     case = Golden(name)
     model, _ = inject_golden(case)
     merge(model)
-    weights = {n.replace(".base.", "."): p.data for n, p in model.named_parameters()}
+    weights = {n: p.data for n, p in model.named_parameters()}
     for key, weight in case.part("output.merged_weight").items():
         ours = weights[key] if key in weights else weights[f"{key}.weight"]
         torch.testing.assert_close(ours, weight, atol=2e-6, rtol=0)
@@ -99,10 +99,10 @@ def test_closed_form_float64(layer, rslora):
         expected = layer(x) + x @ product.T
     torch.testing.assert_close(net(x), expected, atol=1e-12, rtol=0)
     merge(net)
-    assert net[0].base.weight is not original
+    assert net[0].weight is not original
     torch.testing.assert_close(net(x), expected, atol=1e-12, rtol=0)
     unmerge(net)
-    assert net[0].base.weight is original
+    assert net[0].weight is original
 
 
 def test_bf16_merge_rounds_once():
@@ -113,7 +113,7 @@ def test_bf16_merge_rounds_once():
     net[0].delta.lora_B.data.normal_()
     expected = (weight + net[0].delta.product()).bfloat16()
     merge(net)
-    assert torch.equal(net[0].base.weight, expected)
+    assert torch.equal(net[0].weight, expected)
 
 
 def test_patterns_and_biases():
@@ -124,7 +124,7 @@ def test_patterns_and_biases():
     )
     assert net["a"].delta.lora_A.shape == (2, 4) and net["b"].delta.lora_A.shape == (3, 4)
     assert net["a"].delta.scaling == 2 and net["b"].delta.scaling == 3
-    assert [n for n in trainable_names(net) if n.endswith("bias")] == ["a.base.bias", "b.base.bias"]
+    assert [n for n in trainable_names(net) if n.endswith("bias")] == ["a.bias", "b.bias"]
 
 
 def test_start_values():
@@ -182,8 +182,8 @@ def test_golden_pissa():
         ours = module.delta.scaling * module.delta.lora_B @ module.delta.lora_A
         torch.testing.assert_close(ours, delta_weight, atol=1e-5, rtol=0)
         residual = case.tensors[f"output.residual_weight.{name}"]
-        torch.testing.assert_close(module.base.weight - ours, residual, atol=1e-5, rtol=0)
-        assert torch.equal(module.base.weight, before[f"{name}.weight"])  # the base itself is not touched
+        torch.testing.assert_close(module.weight - ours, residual, atol=1e-5, rtol=0)
+        assert torch.equal(module.weight, before[f"{name}.weight"])  # the base itself is not touched
     assert set(state_names(model)) == {f"{n}.delta.start_{x}" for n in case.meta["adapted_modules"] for x in ("A", "B")}
 
 
@@ -265,7 +265,7 @@ def test_loraplus_groups(name):
 
 def _ours(name: str) -> str:
     """Our name of one of peft's tensors."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".base.")
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     return re.sub(r"\.lora_(embedding_)?([AB])(\.weight)?$", r".delta.lora_\2", name)
 
 

@@ -293,7 +293,7 @@ def test_multihead_attention_is_the_closed_form(need_weights, batch_first):
     attn_mask = torch.rand(5, 7) > 0.8
     given = [x if batch_first else x.transpose(0, 1) for x in (q, k, v)]
     out, weights = net["mha"](*given, padding, need_weights, attn_mask, is_causal=False)
-    base, delta = net["mha"].base, net["mha"].delta
+    base, delta = net["mha"], net["mha"].delta
     heads = [
         F.linear(x, w, b).unflatten(-1, (2, 4)).transpose(1, 2)
         for x, w, b in zip(

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_peft import Adapted, ConfigError, NoMatchError, PromptTuning, disabled, inject, unload
+from lightning_peft import ConfigError, NoMatchError, PromptTuning, disabled, inject, unload
+from lightning_peft.adapted import AdapterState
 from lightning_peft.prompting.backbone import cache_of, length_of
 from lightning_peft.prompting.virtual import VirtualTokens
 from lightning_peft.prompting.visual import VisualTokens
@@ -91,7 +92,7 @@ def promise(kind: Kind, method: PromptTuning) -> nn.Module:
     unload(other)
     assert list(other.state_dict()) == names and torch.equal(kind.output(other), before)
     hooks = [h for m in other.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    assert not any(isinstance(getattr(h, "__self__", None), Adapted) for h in hooks)
+    assert not any(isinstance(getattr(h, "__self__", None), AdapterState) for h in hooks)
     assert "generate" not in other.__dict__
     return model
 
@@ -266,7 +267,7 @@ def test_cache_continues_and_ids_or_embeddings_are_the_same():
         rest = model(ids[:, 4:], past_key_values=first.past_key_values, attention_mask=torch.ones(1, 6)).logits
         torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, atol=1e-5, rtol=1e-4)
         assert first.past_key_values.get_seq_length() == 10  # the virtual tokens are in it
-        embeds = model.get_input_embeddings().base(ids)
+        embeds = model.get_input_embeddings()._base_forward(ids)
         torch.testing.assert_close(model(inputs_embeds=embeds).logits, whole)
         with pytest.raises(ConfigError, match="mask covers 3 tokens"):
             model(ids[:, 4:], past_key_values=first.past_key_values, attention_mask=torch.ones(1, 3))
@@ -297,7 +298,7 @@ def test_text_start_uses_the_models_tokenizer(tmp_path):
     model = transformers.AutoModel.from_pretrained(tmp_path)
     inject(model, PromptTuning(3, init="text", init_text="good film"))
     table = model.get_input_embeddings()
-    assert torch.equal(table.delta.prompt, table.base.weight[[5, 6, 5]])
+    assert torch.equal(table.delta.prompt, table.weight[[5, 6, 5]])
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama"])

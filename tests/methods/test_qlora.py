@@ -85,9 +85,9 @@ def test_promises(source, method, tmp_path):
     # DoRA's norms read scales that bitsandbytes rounds to bfloat16 for eval mode on some CPUs
     torch.testing.assert_close(logits(model, "llama"), base, atol=1e-2 if isinstance(method, DoRA) else 2e-5, rtol=1e-4)
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if ".delta." in n)
-    before = {n: p.clone() for n, p in model.named_parameters() if ".base." in n}
+    before = {n: p.clone() for n, p in model.named_parameters() if ".delta." not in n}
     assert all(train(model, "llama").values())
-    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if ".base." in n)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if ".delta." not in n)
     shake(model)
     expected = logits(model, "llama")
     save_adapter(model, tmp_path / "a.safetensors")
@@ -112,13 +112,13 @@ def test_correction_in_the_forward_pass(source):
     inject(model, QLoRA(r=2))
     layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 64)
     layer.delta.lora_B.data.normal_()
-    weight = plain(layer.base.weight).float()
+    weight = plain(layer.weight).float()
     torch.testing.assert_close(layer(x), x @ (weight + layer.delta.product()).T, atol=1e-4, rtol=1e-4)
     original = transformers.AutoModelForCausalLM.from_pretrained(source).model.layers[0].mlp.up_proj.weight
     assert 0 < (weight - original).abs().max() < 0.2 * original.abs().max()
     model.eval()
     layer(x)
-    torch.testing.assert_close(plain(layer.base.weight).float(), weight, atol=2e-4, rtol=1e-2)
+    torch.testing.assert_close(plain(layer.weight).float(), weight, atol=2e-4, rtol=1e-2)
 
 
 def test_trainer(source, tmp_path):
@@ -146,7 +146,7 @@ def test_merged_float_model(source, tmp_path):
     module = Module(source)
     with pytest.warns(UserWarning, match="leaves the adapters beside the base: the base weights are stored in 4 bits"):
         trainer(tmp_path, PEFT(QLoRA(r=2)), MergeOnFitEnd(dirpath=str(tmp_path / "m"))).fit(module, loader("llama"))
-    assert packed(module.net.model.layers[0].mlp.up_proj.base) == 4
+    assert packed(module.net.model.layers[0].mlp.up_proj) == 4
     written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     assert getattr(written.config, "quantization_config", None) is None
     original = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
@@ -235,7 +235,7 @@ def test_lightnings_precision(tmp_path):
     with pytest.raises(InterruptedError):
         run(method, {"net.classifier"}, module)
     layer = module.net.bert.encoder.layer[0].attention.self.query
-    assert packed(layer.base) == 4 and packed(module.net.classifier) is None
+    assert packed(layer) == 4 and packed(module.net.classifier) is None
     assert type(layer.delta.lora_A) is nn.Parameter and layer.delta.lora_A.dtype == torch.float32
     with pytest.raises(ConfigError, match=r"classifier.weight is to train but is stored in few bits"):
         run(method, None, Classifier())

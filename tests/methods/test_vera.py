@@ -26,7 +26,7 @@ def test_golden(attention):
     case.check(model, parameters)
     merge(model)
     for key, weight in case.part("output.merged_weight").items():
-        torch.testing.assert_close(model.get_submodule(key).base.weight.data, weight, atol=2e-6, rtol=0)
+        torch.testing.assert_close(model.get_submodule(key).weight.data, weight, atol=2e-6, rtol=0)
 
 
 def test_one_pair_of_matrices(tmp_path):

@@ -1,4 +1,4 @@
-"""Bottleneck corrections `up(act(down(v)))` and the wrappers that add them where a sub-layer ends."""
+"""Bottleneck corrections `up(act(down(v)))` and the layers that add them where a sub-layer ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta, factor_dtype
+from lightning_peft.adapted import Adapted, AdapterState, Delta, factor_dtype
 from lightning_peft.errors import ConfigError, PEFTError
 
 NonLinearity = Literal["relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu"]
@@ -115,120 +115,109 @@ class Tap:
         self.slot.value = first_tensor(args, kwargs)
 
 
-_HOOK = -1  # a key that torch never gives out
+class BottleneckState(AdapterState):
+    """What a layer with a bottleneck remembers: the dimension of its features, and whose input the bottleneck reads.
 
+    Args:
+        channel: dimension of the output that holds the features.
 
-def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook that is there to be seen."""
-
-
-class AdapterWrapper(Adapted):
-    """A module with a bottleneck behind or beside it; the features are in dimension ``channel`` of its output.
-
-    While it is active it may listen to another module, and be ``seen``: then it carries an empty hook, which is what
-    torch's fused encoder layers look for. Switched off, it leaves no hook anywhere and costs nothing.
+    Attributes:
+        source: the module whose input is read; None for the layer's own input.
+        slot: takes that input to the bottleneck.
     """
 
-    def __init__(self, base: nn.Module, delta: nn.Module, channel: int = -1) -> None:
-        self._active = self._seen = False
-        self.slot: Slot | None = None
-        self._source: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered as a part
-        super().__init__(base, delta)
+    def __init__(self, channel: int = -1) -> None:
+        super().__init__()
         self.channel = channel
+        self.source: nn.Module | None = None
+        self.slot: Slot | None = None
 
-    @property
-    def active(self) -> bool:
-        """Whether the adapter acts."""
-        return self._active
+    def listen(self, layer: nn.Module, source: nn.Module) -> None:
+        """Read the input of ``source`` instead of the layer's own."""
+        self.source, self.slot = source, Slot()
+        self.switch(layer, self.active)
 
-    @active.setter
-    def active(self, on: bool) -> None:
-        self._active = on
-        self._hook()
+    def switch(self, layer: nn.Module, on: bool) -> None:
+        """Switch the bottleneck on or off; while it is off, no hook is left anywhere and it costs nothing."""
+        super().switch(layer, on)
+        if self.source is None:
+            return
+        hooks = self.source._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "slot", None) is self.slot]:
+            del hooks[key]
+            self.source._forward_pre_hooks_with_kwargs.pop(key, None)
+        if on:
+            self.source.register_forward_pre_hook(Tap(self.slot), with_kwargs=True)
 
-    @property
-    def seen(self) -> bool:
-        """Whether code that skips modules without hooks must not skip this one."""
-        return self._seen
 
-    @seen.setter
-    def seen(self, on: bool) -> None:
-        self._seen = on
-        self._hook()
+class WithBottleneck(Adapted):
+    """A module with a bottleneck behind or beside it."""
 
-    def listen(self, source: nn.Module) -> None:
-        """Read the input of ``source`` instead of the own one."""
-        self.slot, self._source = Slot(), (source,)
-        self._hook()
+    _adapter: BottleneckState
 
-    def _hook(self) -> None:
-        self._forward_pre_hooks.pop(_HOOK, None)
-        if self._active and self._seen:
-            self._forward_pre_hooks[_HOOK] = _nothing
-        for source in self._source:
-            for key in [k for k, h in source._forward_pre_hooks.items() if getattr(h, "slot", None) is self.slot]:
-                del source._forward_pre_hooks[key]
-                source._forward_pre_hooks_with_kwargs.pop(key, None)
-            if self._active:
-                source.register_forward_pre_hook(Tap(self.slot), with_kwargs=True)
-
-    def correction(self, v: Tensor, like: Tensor) -> Tensor:
-        """The delta of ``v`` over its features, in the dtype of ``like``."""
-        if self.channel == -1:
+    def _correction(self, v: Tensor, like: Tensor) -> Tensor:
+        """The bottleneck's output for ``v``, computed over its features, in the dtype of ``like``."""
+        channel = self._adapter.channel
+        if channel == -1:
             return self.delta(v).to(like.dtype)
-        return self.delta(v.movedim(self.channel, -1)).movedim(-1, self.channel).to(like.dtype)
+        return self.delta(v.movedim(channel, -1)).movedim(-1, channel).to(like.dtype)
 
-    def source(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The layer's input: from the slot, or the module's own input where that is the same."""
-        if self.slot is None:
+    def _read_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The input of the layer that the bottleneck reads, which may be that of a module around this one."""
+        slot = self._adapter.slot
+        if slot is None:
             return first_tensor(args, kwargs)
-        x = self.slot.take()
+        x = slot.take()
         if x is None:
             raise PEFTError(
-                f"{type(self.base).__name__} was called alone, without the layer around it whose input its adapter"
-                " reads. Call the layer, or use disabled(model)."
+                f"{type(self).__name__} was called alone, without the layer around it whose input its adapter reads."
+                " Call the layer, or use disabled(model)."
             )
         return x
 
 
-class AfterOutput(AdapterWrapper):
+class AfterOutput(WithBottleneck):
     """``h + delta(h)`` (Houlsby, and any module named by the user)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base; in a tuple the first element is corrected."""
-        out = self.base(*args, **kwargs)
-        return with_first(out, lambda h: h + self.correction(h, h)) if self.active else out
+        output = self._base_forward(*args, **kwargs)
+        if not self._adapter.active:
+            return output
+        return with_first(output, lambda h: h + self._correction(h, h))
 
 
-class AroundNorm(AdapterWrapper):
+class AroundNorm(WithBottleneck):
     """``LN(v + delta(LN(v)))`` for the ``v = h + x`` that a post-norm layer normalises (Pfeiffer)."""
 
-    def forward(self, v: Tensor) -> Tensor:
-        """v: (…, d) -> (…, d)."""
-        out = self.base(v)
-        return self.base(v + self.correction(out, v)) if self.active else out
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (…, d) -> (…, d)."""
+        output = self._base_forward(input)
+        if not self._adapter.active:
+            return output
+        return self._base_forward(input + self._correction(output, input))
 
 
-class OnSum(AdapterWrapper):
+class OnSum(WithBottleneck):
     """``h + delta(h + x)`` (Pfeiffer in pre-norm layers; the layer adds x afterwards)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base; in a tuple the first element is corrected."""
-        if not self.active:
-            return self.base(*args, **kwargs)
-        x = self.source(args, kwargs)
-        return with_first(self.base(*args, **kwargs), lambda h: h + self.correction(h + x, h))
+        if not self._adapter.active:
+            return self._base_forward(*args, **kwargs)
+        x = self._read_input(args, kwargs)
+        return with_first(self._base_forward(*args, **kwargs), lambda h: h + self._correction(h + x, h))
 
 
-class Beside(AdapterWrapper):
+class Beside(WithBottleneck):
     """``h + delta(x)`` (parallel adapter)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base; in a tuple the first element is corrected."""
-        if not self.active:
-            return self.base(*args, **kwargs)
-        x = self.source(args, kwargs)
-        return with_first(self.base(*args, **kwargs), lambda h: h + self.correction(x, h))
+        if not self._adapter.active:
+            return self._base_forward(*args, **kwargs)
+        x = self._read_input(args, kwargs)
+        return with_first(self._base_forward(*args, **kwargs), lambda h: h + self._correction(x, h))
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
