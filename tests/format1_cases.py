@@ -141,7 +141,7 @@ class Convolutions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv_a = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv_a = nn.Conv2d(2, 4, 3, padding=1, bias=False)  # a bias before a normalisation has no gradient
         self.norm = nn.BatchNorm2d(4)
         self.conv_b = nn.Conv2d(4, 4, 3, groups=2)
         self.conv_c = nn.Conv1d(4, 3, 3)
@@ -383,7 +383,7 @@ CASES = {
     "vera": Case(bert_of_two_layers, text, (VeRA(r=3, target_modules=["query", "value"]),)),
     "deltalora": Case(llama, text, (DeltaLoRA(r=2, start_step=1, update_ratio=0.5),)),
     "adalora": Case(bert, text, (AdaLoRA(init_r=4, target_r=2, tinit=1, tfinal=1),)),
-    "adalora_attention": Case(Attention, three_sequences, (AdaLoRA(init_r=3, target_r=2, tinit=1, tfinal=1),)),
+    "adalora_attention": Case(Attention, three_sequences, (AdaLoRA(init_r=3, target_r=2, tfinal=4),)),
     "qlora": Case(four_bits, wide_vectors, (QLoRA(r=2, compute_dtype="float32"),)),
     # bottlenecks
     "houlsby": Case(bert, text, (Houlsby(**_SMALL),)),

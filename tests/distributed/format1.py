@@ -49,10 +49,11 @@ def write(name: str, folder: Path) -> None:
 
 
 def resume(name: str, folder: Path) -> None:
-    """The second epoch; the adapter after it."""
-    module = Trained(name)
-    run = fit(module, folder, ckpt_path=FOLDER / name / "shards", strategy=strategy("shards"), **TWO)
-    save(run, module, folder / f"{name}.safetensors")
+    """The second epoch, from shards and from the checkpoint of one process; the adapter after it."""
+    for start in ("shards", "checkpoint.ckpt"):
+        module = Trained(name)
+        run = fit(module, folder, ckpt_path=FOLDER / name / start, strategy=strategy("shards"), **TWO)
+        save(run, module, folder / name / f"{start}.safetensors")
 
 
 if __name__ == "__main__":
