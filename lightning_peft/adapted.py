@@ -26,7 +26,7 @@ import inspect
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -479,16 +479,19 @@ def _let_read(reader: Any, reads: tuple[str, ...], *, is_root: bool) -> None:
 def _meant_by(reader: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """Adapted layers inside a reader that an expression in its code may mean: those at the path, or, for a variable
     whose path is not known, the reader's own parts, also in lists and dicts of them."""
-    if path:
-        try:
-            return [(path, reader.get_submodule(path))]
-        except AttributeError:
-            return []
+    if not path.startswith("*"):
+        paths = [path]
+    else:
+        paths = []
+        for name, part in reader.named_children():
+            names = [name]
+            if isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                names += [f"{name}.{key}" for key, _ in part.named_children()]
+            paths += [place + path[1:] for place in names]
     found = []
-    for name, part in reader.named_children():
-        if isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-            found += [(f"{name}.{key}", inner) for key, inner in part.named_children()]
-        found.append((name, part))
+    for candidate in paths:
+        with suppress(AttributeError):
+            found.append((candidate, reader.get_submodule(candidate)))
     return found
 
 

@@ -56,7 +56,7 @@ def tensor_reads(kind: type) -> tuple[tuple[str, str], ...]:
     """Which tensors of its parts a module's class reads instead of calling the part: (path of the part, tensor).
 
     ``self.attention.out_proj.weight`` gives ``("attention.out_proj", "weight")``, and ``layer.weight`` of any other
-    variable ``("", "weight")``: some part. ``self.linear.weight.dtype`` gives nothing, as it asks for a fact. Other
+    variable ``("*", "weight")``: some part. ``self.linear.weight.dtype`` gives nothing, as it asks for a fact. Other
     attributes come along; whoever asks looks for names of tensors.
 
     >>> class Reads(nn.Module):
@@ -77,8 +77,8 @@ def tensor_reads(kind: type) -> tuple[tuple[str, str], ...]:
                 for end in range(2, len(attributes) + 1):
                     found[".".join(attributes[: end - 1]), attributes[end - 1]] = None
             else:
-                for attribute in attributes:
-                    found["", attribute] = None
+                for end in range(1, len(attributes) + 1):
+                    found[".".join(["*", *attributes[: end - 1]]), attributes[end - 1]] = None
     return tuple(found)
 
 

@@ -81,6 +81,11 @@ class Method(ABC):
         modules = candidates(model)
         if not modules and any(True for _ in model.parameters()):
             kind = type(model).__name__
+            if any(isinstance(module, Adapted) for module in model.modules()):
+                raise ConfigError(
+                    f"The layers of {kind} are adapted already, as parts of another network. Call unload(...) on that"
+                    " one first, or give this one layers of its own (copy.deepcopy)."
+                )
             raise ConfigError(
                 f"{kind} is itself a layer: adapters are named by their place inside a module, and here there is none"
                 f" around it. Use nn.Sequential({kind}(...)), or give the module that holds it."

@@ -34,6 +34,7 @@ def keep_open(model: nn.Module, adapted: Iterable[nn.Module]) -> None:
                 if isinstance(layer, Adapted) and id(layer) in wanted:
                     layer._adapter.must_be_called = True
                     layer._adapter.switch(layer, layer._adapter.active)
+    for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and _called_layers(module) and not _hooks(module):
             module.register_forward_pre_hook(NestedTensors(module.use_nested_tensor))
 

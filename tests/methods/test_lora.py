@@ -82,8 +82,8 @@ def test_golden_merged(name):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_closed_form_float64(layer, rslora):
     """y = Wx + b + s·BAx, in float64, forward and merged; merging swaps the parameter and back."""
-    net = nn.Sequential(layer).double()
-    original = net[0].weight
+    net = nn.Sequential(copy.deepcopy(layer)).double()
+    base, original = copy.deepcopy(net[0]), net[0].weight
     inject(net, LoRA(r=3, alpha=5, target_modules="0", use_rslora=rslora))
     delta = net[0].delta
     assert delta.lora_A.dtype == delta.lora_B.dtype == torch.float64
@@ -93,10 +93,10 @@ def test_closed_form_float64(layer, rslora):
     product = s * delta.lora_B @ delta.lora_A
     if isinstance(layer, nn.Embedding):
         x = torch.tensor([[0, 4, 10]])
-        expected = layer(x) + product.T[x]
+        expected = base(x) + product.T[x]
     else:
         x = torch.randn(4, 5, dtype=torch.float64)
-        expected = layer(x) + x @ product.T
+        expected = base(x) + x @ product.T
     torch.testing.assert_close(net(x), expected, atol=1e-12, rtol=0)
     merge(net)
     assert net[0].weight is not original

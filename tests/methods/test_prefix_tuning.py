@@ -380,7 +380,7 @@ def test_layers_without_the_first_still_know_the_bias():
     inject(both, PrefixTuning(3, init_std=1.0))
     inject(second, PrefixTuning(3, init_std=1.0, layers=[1]))
     greedy(kind, second)
-    assert attentions(second, "SelfAttention")[0].bias_owner
+    assert attentions(second, "SelfAttention")[0]._adapter.bias_owner
     assert not torch.equal(kind.output(both), kind.output(second))
 
 

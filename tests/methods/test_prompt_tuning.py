@@ -12,8 +12,8 @@ from torch import nn
 from lightning_peft import ConfigError, NoMatchError, PromptTuning, disabled, inject, unload
 from lightning_peft.adapted import AdapterState
 from lightning_peft.prompting.backbone import cache_of, length_of
-from lightning_peft.prompting.virtual import VirtualTokens
-from lightning_peft.prompting.visual import VisualTokens
+from lightning_peft.prompting.virtual import PromptedEmbedding
+from lightning_peft.prompting.visual import PromptedImage
 from tests.golden_case import Golden
 from tests.grid import GRID, OTHERS, Kind, greedy, padded_alone
 
@@ -23,7 +23,7 @@ ENCODERS = ["bert", "roberta", "distilbert", "modernbert", "t5", "bart"]
 
 def give(model: nn.Module, vectors: torch.Tensor) -> nn.Parameter:
     """Set the prompt."""
-    module = next(m for m in model.modules() if isinstance(m, (VirtualTokens, VisualTokens)))
+    module = next(m for m in model.modules() if isinstance(m, (PromptedEmbedding, PromptedImage)))
     module.delta.prompt.data.copy_(vectors)
     return module.delta.prompt
 
@@ -78,7 +78,7 @@ def promise(kind: Kind, method: PromptTuning) -> nn.Module:
     model, base = kind.make(), kind.make()
     before, names = kind.output(base), list(base.state_dict())
     inject(model, method)
-    tokens = next(m for m in model.modules() if isinstance(m, (VirtualTokens, VisualTokens)))
+    tokens = next(m for m in model.modules() if isinstance(m, (PromptedEmbedding, PromptedImage)))
     torch.manual_seed(5)
     give(model, torch.randn_like(tokens.delta.prompt))
     changed = kind.output(model)
@@ -122,7 +122,7 @@ def test_vision_tokens_stand_behind_the_class_token():
     kind = GRID["vit"]
     model = kind.make()
     inject(model, PromptTuning(3))
-    prompt = next(m for m in model.modules() if isinstance(m, VisualTokens)).delta.prompt
+    prompt = next(m for m in model.modules() if isinstance(m, PromptedImage)).delta.prompt
     base = kind.make()
     states = base.embeddings(**kind.batch())
     states = torch.cat([states[:, :1], prompt.expand(2, -1, -1), states[:, 1:]], 1)
@@ -206,7 +206,7 @@ def test_heads_losses_and_states_refer_to_the_callers_tokens():
         model = kind(config).eval()
         plain = copy.deepcopy(model)
         inject(model, PromptTuning(4))
-        prompt = next(m for m in model.modules() if isinstance(m, VirtualTokens)).delta.prompt
+        prompt = next(m for m in model.modules() if isinstance(m, PromptedEmbedding)).delta.prompt
         out = model(**batch, **labels, output_hidden_states=True, output_attentions=True)
         assert torch.isfinite(out.loss)
         assert all(h.shape[1] == 9 for h in out.hidden_states) and all(a.shape[2:] == (9, 9) for a in out.attentions)

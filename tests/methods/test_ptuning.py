@@ -21,7 +21,7 @@ from lightning_peft import (
     trainable_names,
     unload,
 )
-from lightning_peft.methods.ptuning import Placeholders
+from lightning_peft.prompting.virtual import PromptedEmbedding
 from tests.golden_case import Golden
 from tests.grid import GRID, VOCAB, Kind, greedy
 
@@ -29,8 +29,8 @@ CASES = {"ptuning_v1_lstm_bert": None, "ptuning_v1_mlp_bert": None, "ptuning_v1_
 MLP = {"0.weight": "weight_0", "0.bias": "bias_0", "2.weight": "weight_1", "2.bias": "bias_1"}
 
 
-def tokens_of(model: nn.Module) -> Placeholders:
-    return next(m for m in model.modules() if isinstance(m, Placeholders))
+def tokens_of(model: nn.Module) -> PromptedEmbedding:
+    return next(m for m in model.modules() if isinstance(m, PromptedEmbedding))
 
 
 def ours(model: nn.Module, key: str) -> nn.Parameter:
