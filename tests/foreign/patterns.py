@@ -725,6 +725,8 @@ class Pattern:
     #: part of the message with which `merge` refuses
     no_merge: str | None = None
     atol: float = 1e-4
+    #: whether a pickle may be refused
+    may_not_pickle: bool = False
     #: trained tensors that cannot matter to this network, by the end of their names
     no_gradient: tuple[str, ...] = field(default=())
 
@@ -867,9 +869,9 @@ PATTERNS: dict[str, Pattern] = {
     ),
     "keeps_backbone": Pattern(KeepsBackbone, ids, "query", bottleneck="", prefix="", prompt=""),
     # a forward on the instance
-    "forward_on_instance": Pattern(lambda: Parent(transparent(nn.Linear(6, 5))), bottleneck="fc"),
+    "forward_on_instance": Pattern(lambda: Parent(transparent(nn.Linear(6, 5))), bottleneck="fc", may_not_pickle=True),
     "other_forward_on_instance": Pattern(
-        lambda: Parent(changing(nn.Linear(6, 5))), bottleneck="fc", kind="own", may_refuse=True
+        lambda: Parent(changing(nn.Linear(6, 5))), bottleneck="fc", kind="own", may_refuse=True, may_not_pickle=True
     ),
     # refused
     "has_delta": Pattern(_parent(HasDelta), bottleneck="fc", refused="delta"),

@@ -148,7 +148,11 @@ def test_copies_and_files_give_the_same_output(case, tmp_path):
     for copied in (copy.deepcopy, pickled):
         if not plainly(copied, case):
             continue
-        other = copied(model)
+        try:
+            other = copied(model)
+        except (PEFTError, pickle.PicklingError):
+            assert case.pattern.may_not_pickle and copied is pickled
+            continue
         assert torch.equal(case.output(other), adapted)
         assert [type(m).__name__ for m in other.modules()] == [type(m).__name__ for m in model.modules()]
         assert trainable_names(other) == trainable_names(model)
