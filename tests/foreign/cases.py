@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from lightning_peft import (
     Houlsby,
     LoRA,
     LoRAFA,
+    MergeError,
     Method,
     PEFTError,
     Pfeiffer,
@@ -25,6 +27,7 @@ from lightning_peft import (
     PTuningV2,
     VeRA,
     inject,
+    merge,
     trainable_names,
     unload,
 )
@@ -35,19 +38,22 @@ from tests.models import frozen_copy
 
 @dataclass(frozen=True)
 class Entry:
-    """A method, its family, and the kinds of layers that it may refuse."""
+    """A method, its family, the kinds of layers that it may refuse, and those that it may adapt but not merge."""
 
     method: Method
     family: str = "weights"
     may_refuse: frozenset[str] = field(default=frozenset())
+    may_not_merge: frozenset[str] = field(default=frozenset())
 
 
-def _entry(method: Method, *may_refuse: str) -> Entry:
-    return Entry(method, may_refuse=frozenset(may_refuse))
+def _entry(method: Method, *may_refuse: str, may_not_merge: tuple[str, ...] = ()) -> Entry:
+    return Entry(method, may_refuse=frozenset(may_refuse), may_not_merge=frozenset(may_not_merge))
 
 
 _NOT_SCALED = ("scale-free", "embedding", "rnn", "experts", "other", "foreign-odd")
-_LINEAR_ONLY = ("conv", "scale-free", "embedding", "rnn", "experts", "other", "foreign-odd")
+# a scaled output is not always that of a scaled weight
+_OWN_FORWARD = ("own", "own-conv", "scale-free", "foreign", "foreign-odd")
+_LINEAR_ONLY = ("conv", "own-conv", "scale-free", "embedding", "rnn", "experts", "other", "foreign-odd")
 METHODS: dict[str, Entry] = {
     "lora": _entry(LoRA(r=2)),
     "pissa": _entry(LoRA(r=2, init="pissa"), "rnn"),
@@ -56,8 +62,8 @@ METHODS: dict[str, Entry] = {
     "vera": _entry(VeRA(r=4), *_LINEAR_ONLY),
     "deltalora": _entry(DeltaLoRA(r=2, start_step=1), "rnn"),
     "adalora": _entry(AdaLoRA(init_r=3, target_r=2), "rnn"),
-    "ia3": _entry(IA3(feedforward_modules=[]), *_NOT_SCALED),
-    "ia3_input": _entry(IA3(), *_NOT_SCALED, "foreign"),
+    "ia3": _entry(IA3(feedforward_modules=[]), *_NOT_SCALED, may_not_merge=_OWN_FORWARD),
+    "ia3_input": _entry(IA3(), *_NOT_SCALED, "foreign", may_not_merge=_OWN_FORWARD),
     "houlsby": Entry(Houlsby(reduction_factor=2), "bottleneck"),
     "pfeiffer": Entry(Pfeiffer(reduction_factor=2, non_linearity="tanh"), "bottleneck"),
     "prefix": Entry(PrefixTuning(num_virtual_tokens=3), "prefix"),
@@ -90,6 +96,28 @@ class Case:
         """Whether a clear refusal is as good as success."""
         return self.pattern.may_refuse or self.pattern.kind in self.entry.may_refuse
 
+    def merges(self, model: nn.Module) -> bool:
+        """Merge, or see it refused clearly and without effect where that is allowed; whether it was merged."""
+        reason, adapted = self.pattern.no_merge, self.output(model)
+        if self.entry.family != "weights":
+            reason = "merge"
+        elif reason is None and self.pattern.kind not in self.entry.may_not_merge:
+            merge(model)
+            return True
+        try:
+            merge(model)
+        except MergeError as error:
+            assert re.search(reason or type(self.layer(model)).__name__, str(error)), error
+            assert torch.equal(self.output(model), adapted)
+            return False
+        assert reason is None, "merging was not refused"
+        return True
+
+    def layer(self, model: nn.Module) -> nn.Module:
+        """The first module that the method adapts."""
+        targets = getattr(self.pattern, self.entry.family)
+        return model.get_submodule(targets if isinstance(targets, str) else targets[0])
+
     def output(self, model: nn.Module, grad: bool = False) -> Tensor:
         """What the network gives for its inputs."""
         with torch.set_grad_enabled(grad):
@@ -111,8 +139,7 @@ class Case:
         except PEFTError as error:
             targets = getattr(self.pattern, self.entry.family)
             first = targets if isinstance(targets, str) else targets[0]
-            named = {first, f"{type(model.get_submodule(first)).__name__}"}
-            assert any(name in str(error) for name in named), error
+            assert first in str(error) or type(self.layer(model)).__name__ in str(error), error
             assert anatomy(model) == before and same(frozen_copy(model), values)
             return True
         unload(model)

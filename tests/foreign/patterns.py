@@ -208,6 +208,21 @@ class ReadsFacts(Parent):
         return self.fc(x).to(self.head.weight.dtype)
 
 
+class RunsCell(nn.Module):
+    """Runs a recurrent cell over a sequence."""
+
+    def __init__(self, m: nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, x):
+        state, outputs = None, []
+        for step in x.unbind(1):
+            state = self.m(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, 1)
+
+
 class KeepsTuple(nn.Module):
     """Keeps its layers a second time in a tuple and calls those."""
 
@@ -780,7 +795,6 @@ PATTERNS: dict[str, Pattern] = {
     "keeps_method": Pattern(KeepsMethod, bottleneck="fc"),
     "kept_elsewhere": Pattern(KeptElsewhere, weights="owner.fc", bottleneck="owner.fc"),
     "two_names": Pattern(TwoNames, weights="backbone", bottleneck="backbone"),
-    "two_names_by_the_second": Pattern(TwoNames, weights="net.fc", bottleneck="net.fc"),
     "hooked": Pattern(Hooked, bottleneck="fc"),
     "hooks_change": Pattern(HooksChange, bottleneck="fc"),
     # parts that loop over their parts
@@ -809,10 +823,10 @@ PATTERNS: dict[str, Pattern] = {
     "registered": Pattern(_parent(RegisteredLayer, 6, 5), bottleneck="fc", may_refuse=True),
     "std_conv": Pattern(_conv(StdConv2d), images, "m", bottleneck="m", **_SCALE_FREE),
     "scaled_std_conv": Pattern(_conv(ScaledStdConv2d), images, "m", bottleneck="m", **_SCALE_FREE),
-    "same_conv": Pattern(_conv(Conv2dSame, stride=2), images, "m", bottleneck="m", kind="conv"),
-    "same_conv_grouped": Pattern(_conv(Conv2dSame, stride=2, groups=2), images, "m", kind="conv"),
-    "static_padding": Pattern(_conv(Conv2dStaticPadding), images, "m", bottleneck="m", kind="conv"),
-    "conv_forward": Pattern(_conv(ConvThatStandardises), images, "m", bottleneck="m", kind="conv"),
+    "same_conv": Pattern(_conv(Conv2dSame, stride=2), images, "m", bottleneck="m", kind="own-conv"),
+    "same_conv_grouped": Pattern(_conv(Conv2dSame, stride=2, groups=2), images, "m", kind="own-conv"),
+    "static_padding": Pattern(_conv(Conv2dStaticPadding), images, "m", bottleneck="m", kind="own-conv"),
+    "conv_forward": Pattern(_conv(ConvThatStandardises), images, "m", bottleneck="m", kind="own-conv"),
     # linear layers that are not torch's
     "graph_linear": Pattern(_parent(GraphLinear, 6, 5), kind="foreign"),
     "matmul_linear": Pattern(_parent(MatmulLinear), kind="foreign-odd"),
@@ -844,8 +858,8 @@ PATTERNS: dict[str, Pattern] = {
         _held(nn.LSTM, 8, 5, 2, batch_first=True, bidirectional=True), sequences, "m", kind="rnn", bottleneck="m"
     ),
     "gru": Pattern(_held(nn.GRU, 8, 5, batch_first=True), sequences, "m", kind="rnn", bottleneck="m"),
-    "lstm_cell": Pattern(_held(nn.LSTMCell, 6, 5), weights="m", kind="rnn"),
-    "gru_cell": Pattern(_held(nn.GRUCell, 6, 5), weights="m", kind="rnn"),
+    "lstm_cell": Pattern(lambda: RunsCell(nn.LSTMCell(8, 5)), sequences, "m", kind="rnn"),
+    "gru_cell": Pattern(lambda: RunsCell(nn.GRUCell(8, 5)), sequences, "m", kind="rnn"),
     "experts": Pattern(_held(Experts), lambda: (_normal(3, 5, 4),), "m", kind="experts"),
     # attention
     "asks_attention": Pattern(AsksAttention, sequences, "attn", prefix="", kind="attention"),

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from lightning_peft import (
-    MergeError,
     PEFTError,
     adapter_state_dict,
     disabled,
     inject,
     load_adapter,
-    merge,
     merge_and_unload,
     save_adapter,
     trainable_names,
@@ -65,6 +63,8 @@ def test_an_adapted_layer_stays_itself(case):
         for attribute in ("__name__", "__qualname__", "__module__"):
             assert getattr(type(module), attribute) == getattr(old["class"], attribute), name
         added = set(module.__dict__) - old["attributes"]
+        if not name:
+            added -= {"_lightning_peft", "forward"}  # the record of the injection; a root that reads keeps its class
         assert len(added) <= 1 and all(attribute.startswith("_") for attribute in added), (name, added)
         for kind in HOOKS:
             assert set(old["hooks"][kind]) <= {id(hook) for hook in getattr(module, kind).values()}, (name, kind)
@@ -100,13 +100,9 @@ def test_it_trains_and_switches_and_merges(case):
     with disabled(model):
         assert torch.equal(case.output(model), base)
     assert torch.equal(case.output(model), adapted)
-    if case.entry.family != "weights" or case.pattern.no_merge:
-        with pytest.raises(MergeError, match=case.pattern.no_merge if case.entry.family == "weights" else "merge"):
-            merge(model)
-        assert torch.equal(case.output(model), adapted)
-        return
     objects = {name: (id(p), p.clone()) for name, p in model.named_parameters()}
-    merge(model)
+    if not case.merges(model):
+        return
     close(case.output(model), adapted, case.pattern.atol)
     close(case.output(model, grad=True).detach(), adapted, case.pattern.atol)
     with disabled(model):

@@ -70,12 +70,6 @@ def adapted(pattern: str, method: str = "lora") -> tuple[nn.Module, Case]:
     return model, case
 
 
-def target(model: nn.Module, case: Case) -> nn.Module:
-    """The first module that the case adapts."""
-    names = case.pattern.weights
-    return model.get_submodule(names if isinstance(names, str) else names[0])
-
-
 # ---- the weight outside a forward ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 @pytest.mark.parametrize("pattern", HELD)
@@ -85,7 +79,7 @@ def test_outside_a_forward_the_weight_is_the_parameter(pattern, method):
     model = case.adapted()
     if model is None:
         return
-    layer = target(model, case)
+    layer = case.layer(model)
 
     def check() -> None:
         assert layer.weight is layer._parameters["weight"]
@@ -103,9 +97,9 @@ def test_outside_a_forward_the_weight_is_the_parameter(pattern, method):
     case.output(model)
     with disabled(model):
         check()
-    merge(model)
-    check()
-    unmerge(model)
+    if case.merges(model):
+        check()
+        unmerge(model)
     check()
     assert layer.weight is original
 
@@ -113,13 +107,13 @@ def test_outside_a_forward_the_weight_is_the_parameter(pattern, method):
 @pytest.mark.parametrize("pattern", HELD)
 def test_initialising_writes_into_the_parameter(pattern):
     model, case = adapted(pattern)
-    layer = target(model, case)
+    layer = case.layer(model)
     parameter = layer._parameters["weight"]
     nn.init.zeros_(layer.weight)
     assert not parameter.any()
     nn.init.constant_(layer.weight, 0.25)
     plain = case.pattern.build()
-    nn.init.constant_(target(plain, case).weight, 0.25)
+    nn.init.constant_(case.layer(plain).weight, 0.25)
     with disabled(model):
         assert torch.equal(case.output(model), case.output(plain))
     assert layer._parameters["weight"] is parameter
@@ -129,16 +123,16 @@ def test_initialising_writes_into_the_parameter(pattern):
 def test_a_weight_can_be_set_and_deleted(pattern):
     """Set to itself it counts the adapter once; a new one is the new base; deleted it is gone, as in torch."""
     model, case = adapted(pattern)
-    layer, expected = target(model, case), case.output(model)
+    layer, expected = case.layer(model), case.output(model)
     layer.weight = layer.weight
     assert torch.equal(case.output(model), expected)
     layer.weight = nn.Parameter(layer.weight.detach().clone())
-    assert torch.equal(case.output(model), expected)
+    close(case.output(model), expected, 1e-6)
     new = nn.Parameter(torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(9)))
     layer.weight = new
     assert layer.weight is new and layer._parameters["weight"] is new
     plain = case.pattern.build()
-    target(plain, case).weight = new
+    case.layer(plain).weight = new
     with disabled(model):
         assert torch.equal(case.output(model), case.output(plain))
     with pytest.raises(TypeError):
@@ -176,6 +170,25 @@ def test_reading_facts_is_not_reading_the_weight():
         inject(PATTERNS["reads_facts"].build(), LoRA(dropout=0.1, target_modules="fc"))
     with pytest.warns(UserWarning, match=r"dropout=0.1"):
         inject(PATTERNS["reads_weight"].build(), LoRA(dropout=0.1, target_modules="fc"))
+
+
+def test_a_new_layer_of_the_class_of_an_adapted_one_is_plain():
+    """Code that enlarges or splits layers makes them by ``type(layer)(…)``."""
+    model, x = PATTERNS["plain"].build(), torch.randn(3, 6)
+    inject(model, LoRA(r=2, target_modules="fc"))
+    made = type(model.fc)(6, 5)
+    assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
+    assert list(made.state_dict()) == ["weight", "bias"] and torch.equal(copy.deepcopy(made)(x), made(x))
+
+
+def test_an_adapted_layer_can_be_replaced():
+    """By code that builds a new head; the rest goes on."""
+    model, x = PATTERNS["reads_two"].build(), torch.randn(3, 6)
+    inject(model, LoRA(r=2, target_modules=["linear1", "linear2"]))
+    shake(model)
+    model.linear2 = nn.Linear(8, 6)
+    with torch.no_grad():
+        close(model(x), model.linear2(torch.relu(model.linear1(x))), 1e-6)
 
 
 def test_classes_are_shared_and_those_of_torch_stay_as_they_were():
@@ -249,7 +262,7 @@ def test_an_adapted_sequential_is_still_a_sequence(method):
 def test_a_layer_can_be_copied_alone(pattern):
     """As `nn.TransformerEncoder` does with its layer."""
     model, case = adapted(pattern)
-    layer = target(model, case)
+    layer = case.layer(model)
     seen = []
     handle = layer.register_forward_hook(
         lambda m, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True
@@ -278,6 +291,13 @@ class TwoNamesTask(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["backbone", "net.fc"])
+def test_either_name_of_a_module_may_be_given(name):
+    model = PATTERNS["two_names"].build()
+    inject(model, LoRA(r=2, target_modules=name))
+    assert isinstance(model.net.fc.delta, nn.Module) and not hasattr(model.net.head, "delta")
 
 
 def test_a_module_under_two_names_resumes(tmp_path):
@@ -313,10 +333,10 @@ def test_fully_shard(mesh, pattern):
     from torch.distributed.tensor import DTensor
 
     model, case = adapted(pattern)
-    kind = type(target(case.pattern.build(), case))
+    kind = type(case.layer(case.pattern.build()))
     expected, base = case.output(model), case.output(case.pattern.build())
     plain = {n: p.clone() for n, p in case.pattern.build().named_parameters()}
-    layer = target(model, case)
+    layer = case.layer(model)
     reads = pattern.startswith("reads")  # a parent that reads holds the weights in its own group
     if not reads:
         fully_shard(layer, mesh=mesh)
@@ -419,7 +439,7 @@ class Twice(nn.Module):
 def test_a_parametrization_registered_later(pattern):
     """It gets the base's weight without the correction, which goes on acting; both can be taken off again."""
     model, case = adapted(pattern)
-    layer, before = target(model, case), case.output(model)
+    layer, before = case.layer(model), case.output(model)
     weight = layer.weight.detach().clone()
     with disabled(model):
         base = case.output(model)
@@ -469,11 +489,11 @@ def test_unloading_below_a_parametrization():
 def test_pruning_after_injection(pattern):
     """The mask falls on the base's weight; the correction goes on; both leave."""
     model, case = adapted(pattern)
-    layer, original = target(model, case), target(model, case).weight
+    layer, original = case.layer(model), case.layer(model).weight
     prune.l1_unstructured(layer, "weight", 0.4)
     assert layer.weight_orig is original
     plain = case.pattern.build()
-    prune.l1_unstructured(target(plain, case), "weight", 0.4)
+    prune.l1_unstructured(case.layer(plain), "weight", 0.4)
     with disabled(model):
         assert torch.equal(case.output(model), case.output(plain))
     assert (case.output(model) - case.output(plain)).abs().max() > 1e-2
@@ -483,7 +503,7 @@ def test_pruning_after_injection(pattern):
     with disabled(model):
         assert torch.equal(case.output(model), case.output(plain))
     unload(model)
-    assert type(layer) is type(target(plain, case)) and torch.equal(case.output(model), case.output(plain))
+    assert type(layer) is type(case.layer(plain)) and torch.equal(case.output(model), case.output(plain))
 
 
 def test_old_weight_norm_after_injection():
@@ -582,10 +602,16 @@ def test_hooks_of_accelerate(later):
     unmerge(model)
     with disabled(model):
         assert torch.equal(case.output(model), base)
-    unload(model)
+    try:
+        unload(model)
+    except PEFTError as error:  # a forward that came later leads to the adapted one
+        assert later and "fc" in str(error) and "forward" in str(error)
+        hooks.remove_hook_from_module(model.fc)
+        assert torch.equal(case.output(model), out)
+        unload(model)
+    else:
+        hooks.remove_hook_from_module(model.fc)
     assert torch.equal(case.output(model), base) and type(model.fc) is nn.Linear
-    hooks.remove_hook_from_module(model.fc)
-    assert torch.equal(case.output(model), base)
 
 
 # ---- replicas and threads ------------------------------------------------------------------------------------------
@@ -819,7 +845,7 @@ def test_whole_modules_are_saved(pattern):
     other = torch.load(file, weights_only=False)
     assert torch.equal(case.output(other), case.output(model))
     assert anatomy(other).keys() == anatomy(model).keys()
-    file.seek(0)
+    file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
     assert same(torch.load(file, weights_only=True), model.state_dict())
