@@ -1,0 +1,374 @@
+"""Methods on the blocks of vision packages, on recurrent layers, convolutions and experts: where they go."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from lightning_peft import (
+    IA3,
+    AdaLoRA,
+    ConfigError,
+    Houlsby,
+    LoRA,
+    ParallelAdapter,
+    PEFTError,
+    Pfeiffer,
+    PrefixTuning,
+    describe,
+    disabled,
+    drop_layers,
+    export_peft,
+    inject,
+    merge,
+    summarize,
+    trainable_names,
+    unload,
+)
+from tests.contract.battery import shake
+from tests.foreign import blocks
+from tests.foreign.blocks import BLOCKS, Network
+from tests.foreign.cases import anatomy, close
+from tests.foreign.patterns import Hold, RunsCell
+from tests.models import bert
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the modules that carry something trained."""
+    return list(dict.fromkeys(name.partition(".delta.")[0] for name in trainable_names(model)))
+
+
+# ---- bottlenecks and prefixes --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "method",
+    [Houlsby(reduction_factor=4), Pfeiffer(reduction_factor=4, non_linearity="tanh"), ParallelAdapter()],
+    ids=lambda m: type(m).__name__,
+)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bottlenecks_find_their_places(name, method):
+    """One for each of the method's sub-layers, where the sub-layer's h ends; they train, switch off and leave."""
+    _, _, attention, feed_forward = BLOCKS[name]
+    ends = {"attention": attention, "mlp": feed_forward}
+    model, x = blocks.build(name).requires_grad_(False), blocks.inputs()
+    before, base = anatomy(model), model(x)
+    inject(model, method)
+    found = adapters(model)
+    for number in range(2):
+        for role in method.roles:
+            assert len([p for p in found if p in {f"blocks.{number}.{end}" for end in ends[role]}]) == 1, (role, found)
+    assert len(found) == 2 * len(method.roles)
+    close(model(x), base, 1e-5)
+    shake(model)
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 1e-3
+    with torch.no_grad():
+        close(model(x), adapted.detach(), 1e-5)
+    adapted.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with disabled(model):
+        assert torch.equal(model(x), base)
+    assert torch.equal(copy.deepcopy(model)(x), adapted)
+    unload(model)
+    assert anatomy(model) == before and torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_bottleneck_reads_what_its_sub_layer_gives(name):
+    """Houlsby: x + h + up(act(down(h))), whichever module gives h."""
+    kind, arguments, *_ = BLOCKS[name]
+    model, x = blocks.build(name), blocks.inputs()
+    inject(model, Houlsby(reduction_factor=4, non_linearity="tanh", target_modules="mlp", layers=[1]))
+    shake(model)
+    (place,) = adapters(model)
+    delta = model.get_submodule(place).delta
+    plain = kind(*arguments)
+    plain.load_state_dict({n: t for n, t in model.blocks[1].state_dict().items() if ".delta." not in n})
+    with torch.no_grad():
+        entering = model.blocks[0](model.embed(x))
+        attended = {}
+        norm = plain.norm2 if hasattr(plain, "norm2") else plain.ln_2
+        norm.register_forward_pre_hook(lambda module, args: attended.update(x=args[0]))
+        h = plain(entering) - attended["x"]
+        correction = F.linear(torch.tanh(F.linear(h, delta.down_weight, delta.down_bias)), delta.up_weight)
+        expected = attended["x"] + h + correction + delta.up_bias
+        close(model.blocks[1](entering), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_prefixes_in_the_attention_of_vision_packages(name):
+    model, x = blocks.build(name).requires_grad_(False), blocks.inputs()
+    before, base = anatomy(model), model(x)
+    inject(model, PrefixTuning(num_virtual_tokens=3))
+    assert len(adapters(model)) == 2
+    shake(model)
+    adapted = model(x)
+    assert (adapted - base).abs().max() > 1e-3
+    with torch.no_grad():
+        close(model(x), adapted.detach(), 1e-5)
+    adapted.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with disabled(model):
+        assert torch.equal(model(x), base)
+    unload(model)
+    assert anatomy(model) == before
+
+
+def test_attention_without_parameters_takes_no_prefix_or_says_why():
+    """x-transformers keeps the projections around the module that attends."""
+    torch.manual_seed(0)
+    model, x = Hold(blocks.Attention()), torch.randn(2, 5, blocks.WIDTH)
+    base, before = model(x), anatomy(model)
+    try:
+        inject(model, PrefixTuning(num_virtual_tokens=3))
+    except PEFTError as error:
+        assert "Attend" in str(error) and anatomy(model) == before
+        return
+    shake(model)
+    out = model(x)
+    out.square().sum().backward()
+    assert not torch.allclose(out, base) and all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+class Named(nn.Module):
+    """A layer in no table, with a part that is called as a word for parts is."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mixer, self.mlp = nn.Linear(6, 6), mlp
+
+    def forward(self, x):
+        return x + self.mlp(torch.tanh(self.mixer(x)))
+
+
+@pytest.mark.parametrize("method", [Houlsby, Pfeiffer, ParallelAdapter])
+@pytest.mark.parametrize("targets", ["mlp", ["mlp"], ["mlp", "mixer"]], ids=str)
+def test_a_module_called_like_a_word_is_meant(method, targets):
+    layers = [Named(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))) for _ in range(2)]
+    model, x = nn.Sequential(*layers), torch.randn(3, 6)
+    base = model(x)
+    inject(model, method(reduction_factor=2, target_modules=targets))
+    expected = {"0.mlp", "1.mlp"} | ({"0.mixer", "1.mixer"} if "mixer" in targets else set())
+    assert set(adapters(model)) == expected
+    close(model(x), base, 1e-6)
+    shake(model)
+    assert not torch.allclose(model(x), base)
+
+
+@pytest.mark.parametrize("targets", ["mlp", "attention"])
+def test_a_layer_called_like_a_word_is_meant(targets):
+    model = nn.Sequential(nn.ModuleDict({targets: nn.Linear(6, 6), "other": nn.Linear(6, 6)}))
+    inject(model, LoRA(r=2, target_modules=targets))
+    assert adapters(model) == [f"0.{targets}"]
+
+
+def test_words_keep_their_meaning_where_no_module_has_the_name():
+    model = bert()
+    inject(model, Houlsby(target_modules="mlp"))
+    assert all(name.endswith("output.dropout") and "attention" not in name for name in adapters(model))
+
+
+def test_a_word_means_projections_where_the_module_of_that_name_is_a_block():
+    """LoRA cannot adapt the block itself, so the word stands for what is inside."""
+    model = Network(blocks.Block)
+    inject(model, LoRA(r=2, target_modules="mlp"))
+    assert adapters(model) == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+
+
+@pytest.mark.parametrize("layers", [{0, 2}, [2], (1, 2), range(2), []], ids=str)
+def test_any_set_of_layers_can_be_dropped(layers):
+    model, other, x = encoder(), encoder(), torch.randn(2, 4, 8)
+    inject(model, Houlsby(reduction_factor=2))
+    inject(other, Houlsby(reduction_factor=2))
+    shake(model)
+    whole = model(x)
+    kept = {n: p for n, p in model.named_parameters() if not any(n.startswith(f"layers.{i}.") for i in layers)}
+    other.load_state_dict(kept, strict=False)  # the adapters of dropped layers stay at their start and add nothing
+    drop_layers(model, layers)
+    close(model(x), other(x), 1e-5)
+    drop_layers(model, 0)
+    assert torch.equal(model(x), whole)
+
+
+# ---- convolutions --------------------------------------------------------------------------------------------------
+CONVOLUTIONS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2), (2, 4, 7, 7)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="circular"), (2, 4, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False), (2, 4, 7, 7)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2), (1, 4, 3, 3, 3)),
+    "unbatched": (lambda: nn.Conv2d(4, 6, 3), (4, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("at_input", [False, True], ids=["output", "input"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_ia3_scales_the_channels_of_convolutions(name, at_input):
+    make, shape = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    model, x = Hold(make()).double(), torch.randn(*shape, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    inject(model, IA3(target_modules="m", feedforward_modules="m" if at_input else []))
+    close(model(x), plain(x), 1e-12)
+    (scale,) = [p for p in model.parameters() if p.requires_grad]
+    assert scale.shape == (model.m.in_channels if at_input else model.m.out_channels,)
+    shake(model)
+    channels = scale.view(-1, *(1,) * (len(model.m.kernel_size)))
+    expected = plain(channels * x) if at_input else channels * plain(x)
+    close(model(x), expected, 1e-10)
+    gradients = [torch.autograd.grad(out.square().sum(), scale, retain_graph=True)[0] for out in (model(x), expected)]
+    close(*gradients, 1e-9)
+    merge(model)
+    close(model(x), expected.detach(), 1e-10)
+
+
+def test_adalora_convolutions_are_exported(tmp_path):
+    """peft computes the same from the folder."""
+    peft = pytest.importorskip("peft")
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.conv(x)).mean((-1, -2)))
+
+    model, x = Images(), torch.randn(2, 3, 5, 5)
+    inject(model, AdaLoRA(init_r=3, target_r=2, target_modules=["conv", "head"]))
+    shake(model)
+    export_peft(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys")
+        other = peft.PeftModel.from_pretrained(Images(), tmp_path).eval()
+    with torch.no_grad():
+        close(other(x), model(x), 1e-5)
+
+
+def test_a_prefix_for_a_classifier_is_exported_so_that_peft_runs_it_or_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, ids = bert(), torch.tensor([[5, 6, 7, 8]])
+    inject(model, PrefixTuning(num_virtual_tokens=3, positions="shift", modules_to_save="classifier"))
+    shake(model)
+    try:
+        export_peft(model, tmp_path)
+    except PEFTError as error:
+        assert "BertForSequenceClassification" in str(error)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
+    with torch.no_grad():
+        close(other(input_ids=ids).logits, model(ids).logits, 1e-4)
+
+
+# ---- recurrent layers ----------------------------------------------------------------------------------------------
+RECURRENT = {
+    "lstm": lambda: Hold(nn.LSTM(8, 5, 2, batch_first=True, bidirectional=True)),
+    "lstm_projected": lambda: Hold(nn.LSTM(8, 5, batch_first=True, proj_size=3)),
+    "gru": lambda: Hold(nn.GRU(8, 5, batch_first=True, bias=False)),
+    "rnn": lambda: Hold(nn.RNN(8, 5, batch_first=True)),
+    "lstm_cell": lambda: RunsCell(nn.LSTMCell(8, 5)),
+    "gru_cell": lambda: RunsCell(nn.GRUCell(8, 5)),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_lora_on_recurrent_layers(name):
+    """Every weight matrix gets factors: W + s·B·A; biases stay; nothing of a pass stays behind."""
+    torch.manual_seed(0)
+    model, x = RECURRENT[name]().double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    inject(model, LoRA(r=2, alpha=6, target_modules="m"))
+    matrices = [n for n, p in plain.named_parameters() if p.ndim == 2]
+    assert len(trainable_names(model)) == 2 * len(matrices)
+    close(model(x), plain(x), 1e-12)
+    shake(model)
+    factors = {n: (model.get_parameter(n.replace("m.", "m.delta.", 1) + ".lora_A"),) for n in matrices}
+    factors = {n: (*f, model.get_parameter(n.replace("m.", "m.delta.", 1) + ".lora_B")) for n, f in factors.items()}
+    corrected = {n: plain.get_parameter(n).detach() + 3 * B @ A for n, (A, B) in factors.items()}
+    expected = torch.func.functional_call(plain, corrected, (x,))
+    out = model(x)
+    close(out, expected, 1e-10)
+    trained = [p for pair in factors.values() for p in pair]
+    wanted = torch.autograd.grad(expected.square().sum(), trained)
+    for found, right in zip(torch.autograd.grad(out.square().sum(), trained), wanted, strict=True):
+        close(found, right, 1e-9)
+    if isinstance(model.m, nn.RNNBase):
+        assert all(held is p for held, p in zip(model.m._flat_weights, _flat(model.m), strict=True))
+        model.m.flatten_parameters()
+        model.double()
+        assert all(held is p for held, p in zip(model.m._flat_weights, _flat(model.m), strict=True))
+    assert torch.equal(copy.deepcopy(model)(x), out)
+    merge(model)
+    close(model(x), expected.detach(), 1e-10)
+    unload(model)
+    assert torch.equal(model(x), plain(x))
+    if isinstance(model.m, nn.RNNBase):
+        assert all(held is p for held, p in zip(model.m._flat_weights, _flat(model.m), strict=True))
+
+
+def _flat(layer: nn.RNNBase) -> list[nn.Parameter]:
+    return [getattr(layer, name) for name in layer._flat_weights_names]
+
+
+def test_packed_sequences():
+    torch.manual_seed(0)
+    layer = nn.LSTM(8, 5, batch_first=True)
+    model = nn.ModuleDict({"m": layer})
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 5, 8), torch.tensor([5, 3]), batch_first=True)
+    base = layer(packed)[0].data
+    inject(model, LoRA(r=2, target_modules="m"))
+    assert torch.equal(layer(packed)[0].data, base)
+    shake(model)
+    layer(packed)[0].data.sum().backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_dropout_cannot_act_inside_recurrent_layers():
+    with pytest.raises(ConfigError, match=r"'?m'?.*dropout"):
+        inject(Hold(nn.LSTM(8, 5)), LoRA(dropout=0.1, target_modules="m"))
+
+
+# ---- experts -------------------------------------------------------------------------------------------------------
+def mixture() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 61, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, pad_token_id=0)).eval()
+
+
+def test_all_linear_leaves_experts_frozen_and_says_so():
+    model = mixture()
+    inject(model, LoRA(r=2))
+    experts = model.model.layers[0].mlp.experts
+    assert not hasattr(experts, "delta") and not any(p.requires_grad for p in experts.parameters())
+    frozen = [row for row in summarize(model)["frozen"] if row["name"].endswith("experts")]
+    assert frozen and frozen[0]["parameters"] == sum(p.numel() for p in experts.parameters())
+    text = describe(model)
+    assert "experts" in text and "target_modules" in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_named_experts_train_and_the_table_says_what_they_keep():
+    """A corrected copy of their weights lives until the backward pass."""
+    model, ids = mixture(), torch.randint(1, 61, (2, 12))
+    inject(model, LoRA(r=2, target_modules="experts"))
+    experts = model.model.layers[0].mlp.experts
+    assert adapters(model) and all(name.startswith("model.layers.0.mlp.experts") for name in adapters(model))
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in experts.delta.parameters())
+    assert re.search(r"(?s)experts.*(cop(y|ies)|keeps?|kept)", describe(model))
