@@ -23,6 +23,8 @@ import copy
 import copyreg
 import functools
 import inspect
+import operator
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -79,7 +81,8 @@ class AdapterState:
         originals: base parameters that merged ones have replaced, by name; copies of those that are split over
             processes.
         base_forward: a ``forward`` that was set on the instance before injection (as accelerate does).
-        window: corrected tensors that were read so far, while code may read them; None while the window is closed.
+        name: path of the layer at injection, for messages.
+        windows: for each thread whose code may read corrected tensors now, those it has read so far.
         hides_delta: whether the base's forward walks over its parts, and must not meet ``delta`` there.
         must_be_called: whether torch's fused encoder layers, which read weights and call nothing, must stay off.
         reads: paths of adapted layers inside this one whose tensors its forward reads instead of calling them.
@@ -89,7 +92,8 @@ class AdapterState:
         self.active = True
         self.originals: dict[str, nn.Parameter] = {}
         self.base_forward: Callable[..., Any] | None = None
-        self.window: dict[tuple[str, bool], Tensor] | None = None
+        self.name = ""
+        self.windows: dict[int, dict[tuple[str, bool], Tensor]] = {}
         self.hides_delta = False
         self.must_be_called = False
         self.reads: tuple[str, ...] = ()
@@ -126,9 +130,13 @@ class Adapted(nn.Module):
         """
         raise MergeError(f"The adapter of {type(self).__name__} cannot be merged into weights.")
 
-    def _readable(self) -> tuple[str, ...]:
-        """Names of the tensors that other code may read corrected, through `_corrected`."""
+    def _corrected_names(self) -> tuple[str, ...]:
+        """Names of the base's tensors that the adapter changes when it is merged."""
         return ()
+
+    def _readable_names(self) -> tuple[str, ...]:
+        """Those of them that other code may read corrected, through `_corrected`; none of a base in few bits."""
+        return () if packed(self) else self._corrected_names()
 
     def _corrected(self, name: str) -> Tensor:
         """The tensor called ``name`` as code that reads it must see it, while a window is open."""
@@ -138,12 +146,19 @@ class Adapted(nn.Module):
     def _obstacle(self) -> str | None:
         """Why the base cannot take merged tensors, or None."""
         width = packed(self)
-        if width is None:
-            return None
-        return (
-            f"the base weights are stored in {width} bits, and rounding the sum to {width} bits again would change what"
-            " was trained."
-        )
+        if width is not None:
+            return (
+                f"the base weights are stored in {width} bits, and rounding the sum to {width} bits again would change"
+                " what was trained."
+            )
+        for name in self._corrected_names():
+            if name not in self._parameters:
+                return (
+                    f"{type(self).__name__}.{name} is computed at each call (weight_norm, spectral_norm, pruning or"
+                    " another parametrization), so nothing can be written into it. Remove the parametrization before"
+                    " injection."
+                )
+        return None
 
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the base's code, which may meet corrected tensors."""
@@ -151,15 +166,15 @@ class Adapted(nn.Module):
         forward = state.base_forward or super().forward
         if not state.reads:
             return forward(*args, **kwargs)
-        with windows([self.get_submodule(path) for path in state.reads]):
+        with windows(_adapted_parts(self, state.reads)):
             return forward(*args, **kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward as it was before injection. It sees its own tensors, and no ``delta`` among its parts."""
         state = self._adapter
-        if state.window is None and not state.hides_delta:
+        if not state.windows and not state.hides_delta:
             return self._own_forward(*args, **kwargs)
-        window, state.window = state.window, None
+        window = state.windows.pop(_thread(), None)
         parts = self._modules
         if state.hides_delta:
             self.__dict__["_modules"] = {name: part for name, part in parts.items() if name != "delta"}
@@ -167,7 +182,8 @@ class Adapted(nn.Module):
             return self._own_forward(*args, **kwargs)
         finally:
             self.__dict__["_modules"] = parts
-            state.window = window
+            if window is not None:
+                state.windows[_thread()] = window
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         if self._adapter.originals:
@@ -186,7 +202,25 @@ class Adapted(nn.Module):
         recipe = type(self).__dict__.get("_adapted_from")
         if recipe is None or function is not copyreg.__newobj__:
             return (function, arguments, *rest)
+        if rest and isinstance(rest[0], dict):
+            # a bound method is pickled by its name, and would come back as that of the adapted class
+            base_forward = recipe[1].forward
+            state = {}
+            for key, value in rest[0].items():
+                is_base = isinstance(value, types.MethodType) and value.__func__ is base_forward
+                state[key] = _BaseForward() if is_base else value
+            rest[0] = state
         return (_new_adapted, (*recipe, *arguments[1:]), *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            if isinstance(value, _BaseForward):
+                state[key] = types.MethodType(base_class(self).forward, self)
+        super().__setstate__(state)
+
+
+class _BaseForward:
+    """Stands for the bound forward of the base's class in a pickle."""
 
 
 class _SequentialParts:
@@ -204,11 +238,23 @@ class _SequentialParts:
         if not isinstance(index, slice):
             return super().__getitem__(index)  # type: ignore[misc]
         steps = [(name, part) for name, part in self._modules.items() if name != "delta"]
-        return nn.Sequential(OrderedDict(steps[index]))
+        return base_class(self)(OrderedDict(steps[index]))  # type: ignore[arg-type]
+
+    def _get_item_by_idx(self, iterator: Any, idx: Any) -> Any:
+        """What `nn.Sequential` calls to find a step, or its name, by a position."""
+        delta = self._modules.get("delta")
+        steps = [item for item in iterator if item is not delta and item != "delta"]
+        return steps[operator.index(idx)]
 
 
 # ---- adapting and releasing ----------------------------------------------------------------------------------------
-def adapt(layer: nn.Module, kind: type[Adapted], delta: nn.Module | None, state: AdapterState | None = None) -> Any:
+def adapt(
+    layer: nn.Module,
+    kind: type[Adapted],
+    delta: nn.Module | None,
+    state: AdapterState | None = None,
+    name: str = "",
+) -> Any:
     """Swap the class of a layer for one that is ``kind`` and its own class at once. In place; returns the layer.
 
     Args:
@@ -216,6 +262,7 @@ def adapt(layer: nn.Module, kind: type[Adapted], delta: nn.Module | None, state:
         kind: how it computes from now on.
         delta: what trains; becomes the submodule ``delta``. None for a kind that adds nothing itself.
         state: for kinds that keep more than `AdapterState`.
+        name: path of the layer, for messages.
 
     Raises:
         ConfigError: the layer cannot be adapted in place.
@@ -229,18 +276,20 @@ def adapt(layer: nn.Module, kind: type[Adapted], delta: nn.Module | None, state:
     True
     """
     base = type(layer)
-    _check_adaptable(layer, kind)
+    refusal = f"{name!r} ({base.__name__} of {base.__module__}) cannot be adapted: "
+    _check_adaptable(layer, kind, refusal)
     if delta is not None and hasattr(layer, "delta"):
         raise ConfigError(
-            f"{base.__name__} ({base.__module__}) cannot be adapted: it has an attribute 'delta' of its own, the name"
-            " under which adapters are kept. Rename it, or leave the module out with exclude_modules."
+            f"{refusal}it has an attribute 'delta' of its own, the name under which adapters are kept. Rename it, or"
+            " leave the module out with exclude_modules."
         )
     try:
         layer.__class__ = adapted_class(kind, base)
     except TypeError as error:
-        raise ConfigError(f"{base.__name__} cannot be adapted: its class cannot be changed ({error}).") from None
+        raise ConfigError(f"{refusal}its class cannot be changed ({error}).") from None
     state = AdapterState() if state is None else state
     layer.__dict__["_adapter"] = state
+    state.name = name
     state.base_forward = layer.__dict__.pop("forward", None)
     # the loop of a Sequential itself is taken care of by `_SequentialParts`
     state.hides_delta = walks_over_parts(base) and base.forward is not nn.Sequential.forward
@@ -257,19 +306,31 @@ def release(layer: nn.Module) -> None:
     state.switch(layer, False)
     layer._modules.pop("delta", None)
     del layer.__dict__["_adapter"]
+    adapted_forward = type(layer).forward
     layer.__class__ = _without_adapter(type(layer))
+    # code that set a forward on the instance has kept the one it found (accelerate as `_old_forward`)
+    for key, value in list(layer.__dict__.items()):
+        if isinstance(value, types.MethodType) and value.__func__ is adapted_forward:
+            layer.__dict__[key] = types.MethodType(type(layer).forward, layer)
     if state.base_forward is not None:
         layer.__dict__["forward"] = state.base_forward
+    elif _is_own_forward(layer, layer.__dict__.get("forward")):
+        del layer.__dict__["forward"]
 
 
 def check_releasable(layer: nn.Module, name: str) -> None:
-    """Raise a `PEFTError` if code has since put a forward on the instance that leads to the adapted one."""
-    if "forward" in layer.__dict__:
+    """Raise a `PEFTError` if code has since put a forward on the instance that may lead to the adapted one."""
+    values = [value for value in layer.__dict__.values() if isinstance(value, types.MethodType)]
+    known = any(value.__func__ is type(layer).forward for value in values)  # `release` rebinds that one
+    if "forward" in layer.__dict__ and not known:
         raise PEFTError(
-            f"{name!r} got a `forward` of its own after the adapters were injected (accelerate's hooks do that), and it"
-            " calls the adapted layer. Remove it first (accelerate.hooks.remove_hook_from_module), or set it before"
-            " injection."
+            f"{name!r} got a `forward` of its own after the adapters were injected, and it may call the adapted layer."
+            " Take that forward away first, or set it before injection."
         )
+
+
+def _is_own_forward(layer: nn.Module, forward: Any) -> bool:
+    return isinstance(forward, types.MethodType) and forward.__func__ is type(layer).forward
 
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
@@ -295,7 +356,18 @@ def adapted_class(kind: type, base: type, readable: tuple[str, ...] = ()) -> typ
     for name in readable:
         namespace[name] = _readable_property(name, inspect.getattr_static(base, name, None))
     bases = (kind, _SequentialParts, base) if issubclass(base, nn.Sequential) else (kind, base)
-    return types.new_class(base.__name__, bases, exec_body=lambda body: body.update(namespace))
+    options = {"metaclass": _adapted_type(type(base))}
+    return types.new_class(base.__name__, bases, options, lambda body: body.update(namespace))
+
+
+@functools.cache
+def _adapted_type(metaclass: type) -> type:
+    """The class of adapted classes. ``type(layer)(…)`` in foreign code means a new, plain layer, and gets one."""
+
+    def __call__(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        return _without_adapter(kind)(*args, **kwargs)
+
+    return type("AdaptedType", (metaclass,), {"__call__": __call__})
 
 
 def make_readable(layer: nn.Module, names: tuple[str, ...]) -> None:
@@ -305,8 +377,7 @@ def make_readable(layer: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _new_adapted(kind: type, base: type, readable: tuple[str, ...], *arguments: Any) -> Any:
-    made = adapted_class(kind, base, readable)
-    return copyreg.__newobj__(made, *arguments)
+    return copyreg.__newobj__(adapted_class(kind, base, readable), *arguments)
 
 
 def _without_adapter(kind: type) -> type:
@@ -321,23 +392,21 @@ def _without_adapter(kind: type) -> type:
     return types.new_class(kind.__name__, bases, exec_body=lambda body: body.update(own))
 
 
-def _check_adaptable(layer: nn.Module, kind: type[Adapted]) -> None:
-    base = type(layer)
-    refusal = f"{base.__name__} ({base.__module__}) cannot be adapted: "
+def _check_adaptable(layer: nn.Module, kind: type[Adapted], refusal: str) -> None:
     if isinstance(layer, torch.jit.ScriptModule):
-        raise ConfigError(refusal + "it is a ScriptModule, whose code is fixed. Adapt it before torch.jit.script.")
+        raise ConfigError(f"{refusal}it is a ScriptModule, whose code is fixed. Adapt it before torch.jit.script.")
     # what the kind defines for itself; the base's own attribute of that name would be hidden
     names = [name for parent in kind.__mro__ if issubclass(parent, Adapted) for name in vars(parent)]
     added = {name for name in names if not name.startswith("__") and not hasattr(nn.Module, name)}
     for name in sorted(added | {"_adapter"}):
         if hasattr(layer, name):
             raise ConfigError(
-                refusal + f"it has an attribute {name!r} of its own, a name that adapters use. Rename it, or leave the"
+                f"{refusal}it has an attribute {name!r} of its own, a name that adapters use. Rename it, or leave the"
                 " module out with exclude_modules."
             )
-    if calls_super_of_own_class(base):
+    if calls_super_of_own_class(type(layer)):
         raise ConfigError(
-            refusal + "its code calls super(self.__class__, self), which never ends in a subclass. Write super(), or"
+            f"{refusal}its code calls super(self.__class__, self), which never ends in a subclass. Write super(), or"
             " leave the module out with exclude_modules."
         )
 
@@ -351,11 +420,12 @@ def base_tensor(layer: nn.Module, name: str, *default: Any) -> Any:
     """A tensor of the base, wherever it stands: a parameter, a plain attribute (pruning, the older weight_norm), a
     property of the class (parametrizations)."""
     state = layer._adapter
-    window, state.window = state.window, None
+    window = state.windows.pop(_thread(), None)
     try:
         return getattr(layer, name, *default)
     finally:
-        state.window = window
+        if window is not None:
+            state.windows[_thread()] = window
 
 
 @contextmanager
@@ -365,14 +435,20 @@ def windows(layers: list[Any]) -> Iterator[None]:
     At every other moment they are the parameters themselves, so that initialising, tying, pruning, sharding and the
     like meet those.
     """
-    opened = [layer._adapter for layer in layers if layer._adapter.active and layer._adapter.window is None]
+    thread = _thread()
+    opened = [layer._adapter for layer in layers if layer._adapter.active and thread not in layer._adapter.windows]
     for state in opened:
-        state.window = {}
+        state.windows[thread] = {}
     try:
         yield
     finally:
         for state in opened:
-            state.window = None
+            del state.windows[thread]
+
+
+def _thread() -> int:
+    """What tells threads apart; while code is traced there is one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class CorrectedWeights(Adapted):
@@ -395,7 +471,7 @@ class CorrectedWeights(Adapted):
         for kind in type(self).__mro__:
             if "_adapted_from" in kind.__dict__:
                 return
-            for name in self._readable():
+            for name in self._readable_names():
                 if name in kind.__dict__:
                     raise PEFTError(
                         f"{type(self).__name__}.{name} was parametrized after the adapters were injected, and the"
@@ -416,64 +492,84 @@ class ReadingParent(Adapted):
         return {}
 
 
-class ReadingForward:
-    """Stands in for the forward of a network's root that reads tensors of adapted layers; a root keeps its class."""
+class RootReader:
+    """Opens windows around the forward of a network's root that reads tensors of adapted layers.
 
-    def __init__(self, root: nn.Module, reads: tuple[str, ...]) -> None:
-        self.root, self.reads = root, reads
-        self.earlier = root.__dict__.get("forward")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self.earlier or type(self.root).forward.__get__(self.root)
-        with windows([self.root.get_submodule(path) for path in self.reads]):
-            return forward(*args, **kwargs)
-
-
-def open_to_readers(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Find modules whose code reads tensors of adapted layers instead of calling them, and let them read the corrected.
-
-    Returns:
-        The readers' names with the layers they read.
+    A root keeps its class, so hooks do it. They are there only while adapters are on: torch's encoder layers look for
+    hooks when they decide how to compute, and the base must be exactly what it was.
     """
+
+    def __init__(self, paths: tuple[str, ...]) -> None:
+        self.paths = paths
+        self.handles: list[Any] = []
+
+    def switch(self, root: nn.Module, on: bool) -> None:
+        """Set the hooks, or take them away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        if on:
+            self.handles.append(root.register_forward_pre_hook(self.open))
+            self.handles.append(root.register_forward_hook(self.close, always_call=True))
+
+    def open(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the forward."""
+        for layer in _adapted_parts(root, self.paths):
+            if layer._adapter.active:
+                layer._adapter.windows[_thread()] = {}
+
+    def close(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the forward, also one that failed."""
+        for layer in _adapted_parts(root, self.paths):
+            layer._adapter.windows.pop(_thread(), None)
+
+
+def _adapted_parts(reader: nn.Module, paths: tuple[str, ...]) -> list[Any]:
+    """The adapted layers at some paths; one that was replaced since is none of them."""
     found = []
-    for reader_name, reader in list(root.named_modules()):
-        if isinstance(reader, Delta):
-            continue
-        reads = []
-        for path, tensor in tensor_reads(base_class(reader)):
-            for place, layer in _meant_by(reader, path):
-                if isinstance(layer, Adapted) and tensor in layer._readable():
-                    make_readable(layer, layer._readable())
-                    reads.append(place)
-                    found.append((reader_name, layer))
-        if reads:
-            _let_read(reader, tuple(dict.fromkeys(reads)), is_root=reader is root)
+    for path in paths:
+        with suppress(AttributeError):
+            part = reader.get_submodule(path)
+            if isinstance(part, Adapted):
+                found.append(part)
     return found
 
 
-def close_to_readers(root: nn.Module) -> None:
+def open_to_readers(root: nn.Module) -> tuple[RootReader, list[tuple[str, Any]]]:
+    """Find modules whose code reads tensors of adapted layers instead of calling them, and let them read the corrected.
+
+    Returns:
+        What does it for the root itself, and all readers' names with the layers they read.
+    """
+    found: list[tuple[str, Any]] = []
+    of_root: tuple[str, ...] = ()
+    for reader_name, reader in list(root.named_modules()):
+        if isinstance(reader, Delta):
+            continue
+        paths = []
+        for path, tensor in tensor_reads(base_class(reader)):
+            for place, layer in _meant_by(reader, path):
+                if isinstance(layer, Adapted) and tensor in layer._readable_names():
+                    make_readable(layer, layer._readable_names())
+                    paths.append(place)
+                    found.append((reader_name, layer))
+        if reader is root:
+            of_root = tuple(dict.fromkeys(paths))
+        elif paths:
+            if not isinstance(reader, Adapted):
+                adapt(reader, ReadingParent, None, name=reader_name)
+            reader._adapter.reads += tuple(dict.fromkeys(paths))
+    root_reader = RootReader(of_root)
+    root_reader.switch(root, bool(of_root))
+    return root_reader, found
+
+
+def close_to_readers(root: nn.Module, root_reader: RootReader) -> None:
     """Undo `open_to_readers`."""
+    root_reader.switch(root, False)
     for module in root.modules():
         if isinstance(module, ReadingParent):
             release(module)
-    forward = root.__dict__.get("forward")
-    if isinstance(forward, ReadingForward):
-        del root.__dict__["forward"]
-        if forward.earlier is not None:
-            root.__dict__["forward"] = forward.earlier
-
-
-def _let_read(reader: Any, reads: tuple[str, ...], *, is_root: bool) -> None:
-    if is_root:
-        current = reader.__dict__.get("forward")
-        if isinstance(current, ReadingForward):  # another method in the same list came first
-            current.reads += reads
-        else:
-            reader.__dict__["forward"] = ReadingForward(reader, reads)
-        return
-    if not isinstance(reader, Adapted):
-        adapt(reader, ReadingParent, None)
-    reader._adapter.reads += reads
 
 
 def _meant_by(reader: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
@@ -499,7 +595,8 @@ def _readable_property(name: str, inherited: Any) -> property:
     """A property for one tensor of an adapted layer. ``inherited`` is what the base's class has under that name."""
 
     def get(layer: Any) -> Any:
-        window = layer.__dict__["_adapter"].window
+        state = layer.__dict__["_adapter"]
+        window = state.windows.get(_thread()) if state.windows else None
         if window is not None:
             # computed once for each forward; a value read under no_grad has no history, so it is kept apart
             key = (name, torch.is_grad_enabled())
@@ -538,11 +635,6 @@ def merge_layer(layer: Any) -> None:
     with torch.no_grad(), gathered(layer.modules(), keep=False):
         tensors = layer.merged()
     for name, tensor in tensors.items():
-        if name not in layer._parameters:
-            raise MergeError(
-                f"{type(layer).__name__}.{name} is computed at each call (weight_norm, spectral_norm or another"
-                " parametrization), so nothing can be merged into it. Remove the parametrization before injection."
-            )
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")
     state = layer._adapter
@@ -572,6 +664,19 @@ def unmerge_layer(layer: Any) -> None:
     state.switch(layer, True)
 
 
+def runs_as_torch(layer: nn.Module) -> bool:
+    """Whether a layer computes its output as the linear layers, embeddings and convolutions of torch do."""
+    kind = base_class(layer)
+    base_forward = layer._adapter.base_forward if isinstance(layer, Adapted) else layer.__dict__.get("forward")
+    # accelerate's hooks move tensors and call the forward they found, which they keep under this name
+    if base_forward is not None and "_old_forward" not in layer.__dict__:
+        return False
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        plain = next(conv for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, conv))
+        return kind.forward is plain.forward and kind._conv_forward is plain._conv_forward
+    return kind.forward in (nn.Linear.forward, nn.Embedding.forward)
+
+
 def factor_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of adapter tensors beside ``weight``: float64 stays, everything else gives float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -579,5 +684,4 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' ``Conv1D``: a linear layer from ``nx`` to ``nf`` features, weight (nx, nf)."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and hasattr(module, "nx") and hasattr(module, "nf")
+    return hasattr(module, "nx") and hasattr(module, "nf") and getattr(module.weight, "ndim", 0) == 2

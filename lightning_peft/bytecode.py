@@ -85,16 +85,20 @@ def tensor_reads(kind: type) -> tuple[tuple[str, str], ...]:
 def _attribute_chains(code: types.CodeType) -> Iterator[tuple[str, list[str]]]:
     """Expressions such as ``self.linear.weight``: ``self``, or "other", and the attributes behind it."""
     own_name = code.co_varnames[0] if code.co_argcount else ""
-    root, attributes = "", []
+    root, global_name, asked_for_kind = "", "", False
+    attributes: list[str] = []
     for instruction in [*dis.get_instructions(code), None]:
         if instruction is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             attributes.append(instruction.argval)
             continue
-        if root and attributes:
+        if root and attributes and not asked_for_kind:
             yield root, attributes
         attributes = []
+        asked_for_kind = global_name == "isinstance"  # isinstance(self.linear.weight, Tensor) computes nothing
+        global_name = ""
         if instruction is None or instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_CONST")):
             root = ""  # modules and classes, not parts of the model
+            global_name = instruction.argval if instruction is not None else ""
             continue
         variable = instruction.argval
         if isinstance(variable, tuple):  # Python 3.13 loads two variables at once

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_peft.checkpoint import adapter_state_dict, load_adapter, section
 from lightning_peft.errors import MergeError, PEFTError
 from lightning_peft.files import SECTION
-from lightning_peft.merging import merge_and_unload, obstacle, tied_parameters
+from lightning_peft.merging import merge_and_unload, packed_obstacle, tied_parameters
 from lightning_peft.quantized import bits
 from lightning_peft.replacing import replacing_folder
 from lightning_peft.trainable import MARK, require
@@ -111,7 +111,7 @@ def _no_bar() -> Iterator[None]:
 def plain_copy(root: nn.Module) -> nn.Module:
     """A merged copy of the network without wrappers, on the CPU."""
     assert MARK in root.__dict__
-    if reason := obstacle(root):
+    if reason := packed_obstacle(root):
         merged = float_base(root, reason)
         load_adapter(merged, {"state_dict": adapter_state_dict(root), SECTION: section(root)})
     else:

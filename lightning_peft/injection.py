@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_peft.adapted import check_releasable, close_to_readers, open_to_readers
+from lightning_peft.adapted import RootReader, check_releasable, close_to_readers, open_to_readers
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.fields import settle
 from lightning_peft.fingerprint import fingerprint
@@ -104,7 +104,7 @@ def place(
     with undone_on_error(root):
         for m, chosen in zip(methods, targets, strict=True):
             m.attach(root, chosen)
-        _open_to_readers(root)
+        injection.root_reader = _open_to_readers(root)
     for parameter in base:
         parameter.requires_grad_(False)
     for parameter in thawed:
@@ -145,7 +145,7 @@ def unload(model: nn.Module) -> None:
 
 def remove(injection: Injection, root: nn.Module) -> None:
     """Take adapters and record out of the network; base values stay as they are."""
-    close_to_readers(root)
+    close_to_readers(root, injection.root_reader)
     for m, names in zip(reversed(injection.methods), reversed(injection.targets), strict=True):
         m.detach(root, names)
     for name, parameter in root.named_parameters():
@@ -159,8 +159,9 @@ def check_removable(root: nn.Module) -> None:
         check_releasable(layer, name)
 
 
-def _open_to_readers(root: nn.Module) -> None:
-    for reader_name, layer in open_to_readers(root):
+def _open_to_readers(root: nn.Module) -> RootReader:
+    root_reader, found = open_to_readers(root)
+    for reader_name, layer in found:
         reader, dropout = root.get_submodule(reader_name), getattr(layer.delta, "dropout", 0)
         # torch's own encoder layer reads weights only in inference, where nothing is dropped
         if dropout and not isinstance(reader, nn.TransformerEncoderLayer):
@@ -169,6 +170,7 @@ def _open_to_readers(root: nn.Module) -> None:
                 f" dropout={dropout} does not act in {reader_name or 'it'}.",
                 stacklevel=2,
             )
+    return root_reader
 
 
 def as_methods(method: Methods) -> list[Method]:

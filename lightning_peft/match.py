@@ -12,7 +12,7 @@ import fnmatch
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -119,6 +119,18 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Further names of modules that stand in several places, by the first name."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in first:
+            found.setdefault(first[id(module)], []).append(name)
+        else:
+            first[id(module)] = name
+    return found
+
+
 def select(
     modules: dict[str, nn.Module],
     patterns: str | Sequence[str],
@@ -130,6 +142,7 @@ def select(
     heads: Iterable[str] = (),
     prefix: str = "",
     method: str = "the method",
+    other_names: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, nn.Module]:
     """Choose modules by name.
 
@@ -143,6 +156,7 @@ def select(
         heads: names the words skip (the output head).
         prefix: path of the network in the module the user sees; patterns may be written with or without it.
         method: name used in messages.
+        other_names: further names of modules (see `aliases`); patterns may mean these.
 
     Raises:
         NoMatchError: nothing is left; the message shows what could have been meant.
@@ -151,7 +165,9 @@ def select(
     for pattern, ban in zip(as_patterns(exclude), banned, strict=True):
         if modules and not any(ban(prefix + name) or ban(name) for name in modules):
             raise NoMatchError(f"{method}: exclude_modules={pattern!r} matches no module, so it would do nothing.")
-    tests = [_word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix) for p in wanted]
+    tests = [
+        _word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix, other_names or {}) for p in wanted
+    ]
     for pattern, test in zip(wanted, tests, strict=True):
         if pattern not in WORDS and modules and not any(test(n, m) for n, m in modules.items()) and len(wanted) > 1:
             raise NoMatchError(_explain(method, [pattern], exclude, layers, modules, {}, kinds))
@@ -189,8 +205,14 @@ def means(patterns: str | Sequence[str], name: str, module: nn.Module, linear: C
     )
 
 
-def _named(test: Callable[[str], bool], prefix: str) -> Callable[[str, nn.Module], bool]:
-    return lambda name, _: test(name) or (bool(prefix) and test(prefix + name))
+def _named(
+    test: Callable[[str], bool], prefix: str, other_names: Mapping[str, Sequence[str]]
+) -> Callable[[str, nn.Module], bool]:
+    def means(name: str, module: nn.Module) -> bool:
+        names = [name, *other_names.get(name, ())]
+        return any(test(each) or (bool(prefix) and test(prefix + each)) for each in names)
+
+    return means
 
 
 def _word(word: str, linear: Callable[[nn.Module], bool], heads: set[str]) -> Callable[[str, nn.Module], bool]:

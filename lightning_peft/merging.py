@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import check_removable, remove
+from lightning_peft.quantized import packed
 from lightning_peft.switching import switch
 from lightning_peft.trainable import adapted_modules, adapter_parameters, refuse_disabled, refuse_flat, require
 
@@ -82,16 +83,28 @@ def refuse(model: nn.Module) -> None:
                 f"{type(method).__name__} cannot be merged: {method.why_not_mergeable} Keep the adapter beside the"
                 " base: save_adapter(model, path)."
             )
-    if reason := obstacle(model):
+    if reason := packed_obstacle(model):
         raise MergeError(
             f"Cannot merge in place: {reason} save_merged(model, folder) writes a merged float model where the original"
             " base can be loaded again."
         )
+    if reason := obstacle(model):
+        raise MergeError(f"Cannot merge {reason}")
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why base weights of this model cannot take merged values (packed to few bits), or None."""
-    return next((reason for _, m in adapted_modules(model) if (reason := m._obstacle())), None)
+    """Why base weights of this model cannot take merged values, or None: they are packed to few bits, or computed."""
+    for name, layer in adapted_modules(model):
+        reason = layer._obstacle()
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def packed_obstacle(model: nn.Module) -> str | None:
+    """As `obstacle`, but only for a base in few bits, which can be loaded once more in floats."""
+    layers = [layer for _, layer in adapted_modules(model) if packed(layer) is not None]
+    return layers[0]._obstacle() if layers else None
 
 
 def tied_parameters(root: nn.Module) -> set[tuple[str, ...]]:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from lightning_peft.adapted import Adapted, is_conv1d, release
 from lightning_peft.errors import ConfigError
 from lightning_peft.heads import head_names
-from lightning_peft.match import candidates, select
+from lightning_peft.match import aliases, candidates, select
 
 
 class Method(ABC):
@@ -100,6 +100,7 @@ class Method(ABC):
             heads=head_names(model),
             prefix=prefix,
             method=type(self).__name__,
+            other_names=aliases(model),
         )
 
     def thaw(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:

@@ -51,11 +51,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     layers = [(layer, layer._adapter.active) for _, layer in adapted_modules(root)]
     for layer, _ in layers:
         layer._adapter.switch(layer, False)
+    injection.root_reader.switch(root, False)
     try:
         yield
     finally:
         for layer, was_active in layers:
             layer._adapter.switch(layer, was_active)
+        injection.root_reader.switch(root, bool(injection.root_reader.paths))
         if any(sharded(tensor) for tensor, _ in swapped):
             reshard(root)
         for tensor, value in swapped:
@@ -79,6 +81,7 @@ def switch(injection: Injection, root: nn.Module, *, merged: bool) -> None:
         for layer in done:
             undo(layer)
         raise
+    injection.root_reader.switch(root, not merged and bool(injection.root_reader.paths))
     injection.merged = merged
 
 

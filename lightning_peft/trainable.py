@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.adapted import Adapted, Delta, RootReader
 from lightning_peft.errors import PEFTError
 from lightning_peft.match import is_metric
 from lightning_peft.method import Method
@@ -36,6 +36,7 @@ class Injection:
     flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before, by name before wrapping
     summary: dict[str, Any] | None = None  # counts, and shapes by full name, before a strategy flattened parameters
     shapes: dict[str, torch.Size] = field(default_factory=dict)
+    root_reader: RootReader = field(default_factory=lambda: RootReader(()))
     merged: bool = False
     disabled: int = 0  # depth of `disabled` contexts
 

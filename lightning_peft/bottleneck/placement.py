@@ -131,9 +131,9 @@ class AdapterMethod(Method):
         like = _like(module)
         if self.reads == "input":
             delta = self.delta(like, input_features(module) or size, size, name)
-            adapt(module, Beside, delta, BottleneckState())
+            adapt(module, Beside, delta, BottleneckState(), name)
         else:
-            adapt(module, AfterOutput, self.delta(like, size, size, name), BottleneckState(channel))
+            adapt(module, AfterOutput, self.delta(like, size, size, name), BottleneckState(channel), name)
 
     def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
         """Adapt each target, and let the adapters that read a layer's input listen to it."""
@@ -159,7 +159,7 @@ class AdapterMethod(Method):
             kind = Beside
         else:
             kind = AroundNorm if site.post else OnSum
-        adapt(module, kind, self.delta(_like(norm, module), size, size, name), BottleneckState())
+        adapt(module, kind, self.delta(_like(norm, module), size, size, name), BottleneckState(), name)
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the adapters out and stop listening."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_peft.adapted import Adapted
 from lightning_peft.callbacks.strategies import flattens
 from lightning_peft.errors import TrainingError
 from lightning_peft.sharding import named_parameters, unwrapped
@@ -25,9 +26,18 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 
 def check_present(pl_module: L.LightningModule) -> None:
-    """A network rebuilt after the injection has no adapters."""
+    """A network rebuilt, or layers replaced, after the injection have no adapters."""
     if find(pl_module) is None:
         raise TrainingError(f"The network was replaced after the adapters were injected. {_TOO_LATE}")
+    injection, prefix, root = require(pl_module)
+    here = {unwrapped(n) for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, Adapted)}
+    lost = [prefix + name for names in injection.targets for name in names if name not in here]
+    if lost:
+        raise TrainingError(
+            f"{lost[0]!r} is no longer the layer that was adapted, and its adapter is gone with the old one"
+            f" ({len(lost)} layers were replaced after the injection). Convert or replace layers first, then inject;"
+            " a precision plugin that converts layers goes into the Trainer together with PEFT."
+        )
 
 
 def check_nothing_new(pl_module: L.LightningModule) -> None:

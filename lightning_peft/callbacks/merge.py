@@ -15,7 +15,7 @@ from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.export import float_base, save_merged
 from lightning_peft.files import near
-from lightning_peft.merging import merge, obstacle
+from lightning_peft.merging import merge, obstacle, packed_obstacle
 from lightning_peft.method import Method
 from lightning_peft.trainable import find, require
 
@@ -60,8 +60,11 @@ class MergeOnFitEnd(L.Callback):
         if self.dirpath and any(not m.mergeable for m in methods):
             self._check(methods)
         if reason := obstacle(pl_module):
-            if self.dirpath:
-                float_base(require(pl_module)[2], reason)  # better now than after hours of training
+            # better now than after hours of training
+            if self.dirpath and packed_obstacle(pl_module):
+                float_base(require(pl_module)[2], reason)
+            elif self.dirpath:
+                raise MergeError(f"MergeOnFitEnd(dirpath={self.dirpath!r}) cannot merge {reason}")
             rank_zero_warn(f"MergeOnFitEnd leaves the adapters beside the base: {reason}")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

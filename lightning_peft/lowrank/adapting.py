@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_peft.adapted import Adapted, adapt, is_conv1d, make_readable
+from lightning_peft.adapted import Adapted, adapt, is_conv1d, make_readable, runs_as_torch
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank.factors import LowRank, Place
 from lightning_peft.lowrank.layers import LowRankConv, LowRankEmbedding, LowRankLinear, LowRankState
@@ -155,11 +155,11 @@ def adapt_layer(module: nn.Module, name: str, make: Callable[[Place], LowRank]) 
         )
     if not issubclass(kind, LowRankWeights):
         delta = deltas["weight"]
-        fast = type(module) is nn.Linear and delta.is_plain()
-        return adapt(module, kind, delta, LowRankState(fast))
+        fast = type(module) is nn.Linear and "forward" not in module.__dict__ and delta.is_plain()
+        return adapt(module, kind, delta, LowRankState(fast), name)
     one_matrix = list(deltas) == ["weight"] and not deltas["weight"].stacked
-    layer = adapt(module, kind, deltas["weight"] if one_matrix else DeltaSet(deltas))
-    make_readable(layer, layer._readable())
+    layer = adapt(module, kind, deltas["weight"] if one_matrix else DeltaSet(deltas), name=name)
+    make_readable(layer, layer._readable_names())
     return layer
 
 
@@ -172,15 +172,15 @@ def kind_of(module: nn.Module) -> type[Adapted]:
     """
     if packed(module) is not None:
         return LowRankLinear
-    forward = None if "forward" in module.__dict__ else type(module).forward
+    forward = type(module).forward if runs_as_torch(module) else None
     scaled = hasattr(module, "embed_scale")  # Gemma's embeddings: a table too large to be made a second time
-    if isinstance(module, nn.Embedding) and (forward is nn.Embedding.forward or scaled):
+    if isinstance(module, nn.Embedding) and (forward is not None or scaled):
         return LowRankEmbedding
-    if isinstance(module, _CONVS) and forward in [kind.forward for kind in _CONVS]:
+    if isinstance(module, _CONVS) and runs_as_torch(module):
         return LowRankConv
     if isinstance(module, nn.RNNBase):
         return LowRankRecurrent
-    if forward is nn.Linear.forward or (is_conv1d(module) and type(module).__name__ == "Conv1D"):
+    if forward is nn.Linear.forward or is_conv1d(module):
         return LowRankLinear
     return LowRankWeights
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Delta, factor_dtype
+from lightning_peft.errors import PEFTError
 from lightning_peft.quantized import plain
 
 
@@ -171,7 +172,14 @@ class LowRank(Delta):
         """
         if output is None:
             return self.fold(value)
-        return self.join(layer, output, layer._low_rank_output(value))
+        low = layer._low_rank_output(value)
+        if low.shape != output.shape:
+            raise PEFTError(
+                f"The adapter of {layer._adapter.name!r} was made for {low.shape[-1]} outputs, and the layer gives"
+                f" {tuple(output.shape)}: it was resized after the adapters were injected. Resize first"
+                " (resize_token_embeddings), then inject."
+            )
+        return self.join(layer, output, low)
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""

@@ -71,6 +71,7 @@ def _fits(layer: Any, x: Tensor) -> bool:
         and x.dtype is weight.dtype
         and x.device == A.device
         and x.shape[-1:] == A.shape[1:]
+        and len(weight) == len(B)
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
         and len(factors) == 2

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.adapted import Adapted, AdapterState, base_tensor
+from lightning_peft.errors import PEFTError
 from lightning_peft.lowrank.fast import fast_output
-from lightning_peft.quantized import packed
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -41,8 +41,8 @@ class LowRankLinear(Adapted):
         """The corrected weight."""
         return {"weight": self.delta.fold(base_tensor(self, "weight"))}
 
-    def _readable(self) -> tuple[str, ...]:
-        return () if packed(self) else ("weight",)
+    def _corrected_names(self) -> tuple[str, ...]:
+        return ("weight",)
 
     def _corrected(self, name: str) -> Tensor:
         weight = base_tensor(self, name)
@@ -87,12 +87,19 @@ class LowRankEmbedding(LowRankLinear):
     The padding row is corrected like any other, and as in the base it sends no gradient to its column of A.
     """
 
+    num_embeddings: int
     padding_idx: int | None
     scale_grad_by_freq: bool
 
     def _low_rank_output(self, x: Tensor) -> Tensor:
         """x: ids (…) -> (…, dim)."""
         A, B = self.delta.factors()
+        if A.shape[1] != self.num_embeddings:
+            raise PEFTError(
+                f"The adapter of {self._adapter.name!r} was made for {A.shape[1]} rows, and the embedding has"
+                f" {self.num_embeddings}: it was resized after the adapters were injected. Resize first"
+                " (resize_token_embeddings), then inject."
+            )
         rows = F.embedding(x, A.T, self.padding_idx, None, 2.0, self.scale_grad_by_freq)
         low = F.linear(rows, B)
         scale = getattr(self, "embed_scale", None)  # Gemma multiplies its embedding's output

@@ -31,7 +31,7 @@ class LowRankWeights(CorrectedWeights):
         """The corrected parameters."""
         return {name: delta.fold(base_tensor(self, name)) for name, delta in self._factors().items()}
 
-    def _readable(self) -> tuple[str, ...]:
+    def _corrected_names(self) -> tuple[str, ...]:
         return tuple(self._factors())
 
     def _corrected(self, name: str) -> Tensor:
@@ -52,7 +52,7 @@ class LowRankRecurrent(LowRankWeights):
     _flat_weights_names: list[str]
     _update_flat_weights: Any
 
-    def _readable(self) -> tuple[str, ...]:
+    def _readable_names(self) -> tuple[str, ...]:
         return ()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,11 +15,11 @@ from lightning_peft.adapted import (
     CorrectedWeights,
     Delta,
     adapt,
-    base_class,
     base_tensor,
     factor_dtype,
     is_conv1d,
     make_readable,
+    runs_as_torch,
 )
 from lightning_peft.match import means
 from lightning_peft.method import Method
@@ -50,8 +50,7 @@ class IA3Layer(Adapted):
         return -1 - len(self.kernel_size) if isinstance(self, _CONVS) else -1
 
     def _obstacle(self) -> str | None:
-        known = is_conv1d(self) or base_class(self).forward in [kind.forward for kind in (nn.Linear, *_CONVS)]
-        if known:
+        if runs_as_torch(self) or is_conv1d(self) or packed(self) is not None:
             return super()._obstacle()
         return (
             f"{type(self).__name__} computes with its weight in a way of its own, so a scale of its features cannot be"
@@ -77,11 +76,8 @@ class IA3Output(IA3Layer):
             found["bias"] = bias.to(scale.dtype) * scale
         return found
 
-    def _readable(self) -> tuple[str, ...]:
-        return () if packed(self) else ("weight", "bias")
-
-    def _corrected(self, name: str) -> Any:
-        return None if base_tensor(self, name) is None else super()._corrected(name)
+    def _corrected_names(self) -> tuple[str, ...]:
+        return ("weight",) if base_tensor(self, "bias", None) is None else ("weight", "bias")
 
 
 class IA3Input(IA3Layer):
@@ -104,8 +100,8 @@ class IA3Input(IA3Layer):
         columns = scale.view(groups, 1, -1, *(1,) * (weight.ndim - 2))
         return {"weight": (by_group * columns).flatten(0, 1)}
 
-    def _readable(self) -> tuple[str, ...]:
-        return () if packed(self) else ("weight",)
+    def _corrected_names(self) -> tuple[str, ...]:
+        return ("weight",)
 
 
 class IA3Attention(CorrectedWeights):
@@ -119,11 +115,8 @@ class IA3Attention(CorrectedWeights):
             found["in_proj_bias"] = bias.to(scale.dtype) * scale
         return found
 
-    def _readable(self) -> tuple[str, ...]:
-        return ("in_proj_weight", "in_proj_bias")
-
-    def _corrected(self, name: str) -> Any:
-        return None if base_tensor(self, name) is None else super()._corrected(name)
+    def _corrected_names(self) -> tuple[str, ...]:
+        return ("in_proj_weight",) if base_tensor(self, "in_proj_bias") is None else ("in_proj_weight", "in_proj_bias")
 
 
 @dataclass(frozen=True)
@@ -169,30 +162,29 @@ class IA3(Method):
             return module.in_proj_weight is not None
         if isinstance(module, NonDynamicallyQuantizableLinear):  # the output projection of nn.MultiheadAttention
             return False
-        return isinstance(module, _CONVS) or self.is_linear(module)
+        return (isinstance(module, _CONVS) or self.is_linear(module)) and sizes_of(module) is not None
 
     def is_linear(self, module: nn.Module) -> bool:
-        """Linear layers, also those of other libraries, and Conv1D."""
+        """Linear layers, also those of other libraries that name their sizes, and Conv1D."""
         return lowrank.is_linear(module) and not isinstance(module, nn.MultiheadAttention)
 
     def adapt(self, module: Any, name: str) -> None:
         """Adapt one layer, at its input or its output."""
         if isinstance(module, nn.MultiheadAttention):
-            adapt(module, IA3Attention, IA3Scale(module.in_proj_weight, 3 * module.embed_dim))
-            make_readable(module, module._readable())
+            adapt(module, IA3Attention, IA3Scale(module.in_proj_weight, 3 * module.embed_dim), name=name)
+            make_readable(module, module._readable_names())
             return
-        size_in, size_out = _sizes(module)
+        size_in, size_out = sizes_of(module)
         if means(self.feedforward_modules, name, module, self.is_linear):
-            adapt(module, IA3Input, IA3Scale(module.weight, size_in))
+            adapt(module, IA3Input, IA3Scale(module.weight, size_in), name=name)
         else:
-            adapt(module, IA3Output, IA3Scale(module.weight, size_out))
+            adapt(module, IA3Output, IA3Scale(module.weight, size_out), name=name)
 
 
-def _sizes(module: Any) -> tuple[int, int]:
-    """Features, or channels, of input and output."""
+def sizes_of(module: nn.Module) -> tuple[int, int] | None:
+    """Features, or channels, of a layer's input and output; None if its attributes do not say."""
     for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("nx", "nf")):
-        sizes = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) and size > 0 for size in sizes):
-            return sizes
-    rows, columns = module.weight.shape
-    return columns, rows
+        size_in, size_out = [getattr(module, name, None) for name in names]
+        if isinstance(size_in, int) and isinstance(size_out, int) and min(size_in, size_out) > 0:
+            return size_in, size_out
+    return None

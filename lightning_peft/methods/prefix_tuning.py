@@ -121,14 +121,14 @@ class PrefixTuning(Method):
         """Give an attention its prefix, or let a position module shift."""
         kind = kind_of(module)
         if kind is None:
-            adapt(module, ShiftedPositions, Delta(), ShiftState(self.num_virtual_tokens, type(module)))
+            adapt(module, ShiftedPositions, Delta(), ShiftState(self.num_virtual_tokens, type(module)), name)
             return
         delta: Delta = Delta()  # with a projection, `connect` gives it the network of its stack
         if not self.projection:
             heads = heads_of(module, name)
             delta = Prefix(_like(module), self.num_virtual_tokens, heads)
             delta.fill(self.generator(name), self.init_std)
-        adapt(module, kind, delta, kind._new_state(module))
+        adapt(module, kind, delta, kind._new_state(module), name)
         if kind is RegistryAttention:
             module.config = PrefixedConfig(module.config, module)
 

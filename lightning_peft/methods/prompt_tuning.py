@@ -105,7 +105,7 @@ class PromptTuning(Method):
             positions = positions_of(module)
             delta = Prompt(positions, n, positions.shape[-1])
             normal_(delta.prompt, generator, 0.02)
-            adapt(module, PromptedImage, delta, VisualTokens(n))
+            adapt(module, PromptedImage, delta, VisualTokens(n), name)
             return
         delta = Prompt(module.weight, n, module.embedding_dim)
         if self.init == "vocab":
@@ -113,7 +113,7 @@ class PromptTuning(Method):
             rows_of(delta.prompt, module, ids)
         elif self.init == "random":
             normal_(delta.prompt, generator, spread(module))
-        adapt(module, PromptedEmbedding, delta, VirtualTokens(module, n, self.position))
+        adapt(module, PromptedEmbedding, delta, VirtualTokens(module, n, self.position), name)
 
     def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """Hook the embeddings to their backbones."""

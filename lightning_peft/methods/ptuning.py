@@ -104,7 +104,7 @@ class PTuning(Method):
             delta = PromptEncoder(module.weight, n, dim, hidden)
             delta.fill(generator)
         placeholder = module.num_embeddings if self.placeholder_id is None else self.placeholder_id
-        adapt(module, PromptedEmbedding, delta, Placeholders(module, n, placeholder))
+        adapt(module, PromptedEmbedding, delta, Placeholders(module, n, placeholder), name)
 
     def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """Hook the embedding to its backbone, for batches without placeholders."""
