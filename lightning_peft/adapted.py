@@ -240,6 +240,21 @@ class _SequentialParts:
         steps = [(name, part) for name, part in self._modules.items() if name != "delta"]
         return base_class(self)(OrderedDict(steps[index]))  # type: ignore[arg-type]
 
+    def __delitem__(self, index: Any) -> None:
+        delta = self._modules.pop("delta")  # deleting and inserting give every step a new number
+        try:
+            super().__delitem__(index)  # type: ignore[misc]
+        finally:
+            self._modules["delta"] = delta
+
+    def insert(self, index: int, module: nn.Module) -> Any:
+        """As `nn.Sequential.insert`."""
+        delta = self._modules.pop("delta")
+        try:
+            return super().insert(index, module)  # type: ignore[misc]
+        finally:
+            self._modules["delta"] = delta
+
     def _get_item_by_idx(self, iterator: Any, idx: Any) -> Any:
         """What `nn.Sequential` calls to find a step, or its name, by a position."""
         delta = self._modules.get("delta")
@@ -668,8 +683,8 @@ def runs_as_torch(layer: nn.Module) -> bool:
     """Whether a layer computes its output as the linear layers, embeddings and convolutions of torch do."""
     kind = base_class(layer)
     base_forward = layer._adapter.base_forward if isinstance(layer, Adapted) else layer.__dict__.get("forward")
-    # accelerate's hooks move tensors and call the forward they found, which they keep under this name
-    if base_forward is not None and "_old_forward" not in layer.__dict__:
+    # accelerate's hooks move tensors and then call the forward that was there before
+    if base_forward is not None and "_hf_hook" not in layer.__dict__:
         return False
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         plain = next(conv for conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, conv))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, locate, read, write_adapter
 from lightning_peft.fingerprint import difference
+from lightning_peft.format1 import upgraded
 from lightning_peft.guards import bounded
 from lightning_peft.injection import place, remove, settle_outside
 from lightning_peft.sharding import reshard, whole, write
@@ -128,7 +129,7 @@ def load_adapter(model: nn.Module, path: Source) -> None:
     where = "the state dict" if isinstance(path, Mapping) else str(path)
     state, info = (path, None) if isinstance(path, Mapping) else read(path)
     if isinstance(path, Mapping) and SECTION in path:  # a whole checkpoint, loaded by the user
-        state, info = path["state_dict"], path[SECTION]
+        state, info = upgraded(path["state_dict"], path[SECTION])
     fresh = find(model) is None
     if fresh and info is None:
         raise CheckpointError(f"{where} holds no {SECTION!r} section, so it cannot say how to adapt the model.")

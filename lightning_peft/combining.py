@@ -16,6 +16,7 @@ from lightning_peft.checkpoint import Source
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.files import SECTION, read, write_adapter
 from lightning_peft.fingerprint import difference
+from lightning_peft.format1 import upgraded
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.sections import verify_finite, verify_keys, verify_section
 from lightning_peft.verify import method_from
@@ -112,7 +113,7 @@ def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], Any]:
     if isinstance(source, Mapping):
         if SECTION not in source:
             raise CheckpointError(f"combine: {where} holds no {SECTION!r} section, so it does not say what it is.")
-        state, info = dict(source["state_dict"]), source[SECTION]
+        state, info = upgraded(source["state_dict"], source[SECTION])
     else:
         state, info = read(source)
     verify_section(info, where)
@@ -170,16 +171,9 @@ def _corrections(state, info, method) -> dict[str, tuple[Factors, Tails]]:
 
 
 def _target(name: str, targets: Sequence[str]) -> str:
-    """The adapted module that a tensor belongs to, as patterns know it; empty for one that is trained in full."""
-    path, last = "", None
-    for part in name.split("."):
-        if path in targets and part == "delta":
-            return path
-        if part == "base" and path in targets and path != last:  # the wrapper's own part
-            last = path
-        else:
-            path = f"{path}.{part}" if path else part
-    return ""
+    """The adapted module that a tensor belongs to; empty for one that is trained in full."""
+    owners = [target for target in targets if f"{name}.".startswith(f"{target}.delta.")]
+    return max(owners, key=len, default="")
 
 
 def _stacked(A: Tensor, B: Tensor) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.folders import is_folder, read_folder
+from lightning_peft.format1 import upgraded
 from lightning_peft.header import completed, shortened
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
@@ -105,7 +106,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is damaged: its content does not give the checksum written with it. Copy it again from its source,"
             " or save it again."
         )
-    return tensors, completed(info, tensors)
+    return upgraded(tensors, completed(info, tensors))
 
 
 def checksum(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> str:
@@ -174,7 +175,7 @@ def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{where} is a plain checkpoint without a {SECTION!r} section: it was written without the PEFT callback, or"
             " before adapters were injected. Load it into the model before injection; it cannot be resumed with PEFT."
         )
-    return dict(content["state_dict"]), dict(content[SECTION])
+    return upgraded(content["state_dict"], content[SECTION])
 
 
 def _why(error: Exception) -> str:

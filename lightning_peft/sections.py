@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
+from lightning_peft.format1 import FORMAT_VERSION
 from lightning_peft.paths import SECTION
 
-FORMAT_VERSION = 1
 _SHAPE = {
     "network": str,
     "methods": list,

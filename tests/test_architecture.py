@@ -18,14 +18,13 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
-    ["paths", "header"],
+    ["paths", "header", "bytecode", "format1"],
     ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
     ["match", "bottleneck.sites"],
     ["heads"],
     ["method"],
-    ["lowrank", "bottleneck.layers", "trainable", "fingerprint", "files", "fields"],
-    ["bottleneck.torch_encoder"],
+    ["lowrank", "bottleneck.layers", "torch_encoder", "trainable", "fingerprint", "files", "fields"],
     ["bottleneck.placement"],
     ["bottleneck"],
     ["prompting.prefix", "prompting.positions", "prompting.insertion"],

@@ -23,6 +23,7 @@ from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
 from lightning_peft.fingerprint import difference
+from lightning_peft.format1 import upgraded_section
 from lightning_peft.hollow import settle_base, waits
 from lightning_peft.sharding import unwrapped
 from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
@@ -156,7 +157,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     late = trainer is not None and loads_late(trainer)
     loaded = SECTION in checkpoint and "state_dict" not in checkpoint  # DeepSpeed has loaded the weights itself
     if loaded:
-        info, fitted = checkpoint[SECTION], {}
+        info, fitted = upgraded_section(checkpoint[SECTION]), {}
         verify_section(info, "The checkpoint")
         verify(module, info, "The checkpoint")
     else:

@@ -22,6 +22,7 @@ from lightning_peft.checkpoint import fitting, make_way, reroot
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, load_checkpoint, split
 from lightning_peft.folders import is_folder, read_folder, read_index, read_rest, shapes
+from lightning_peft.format1 import name_in_format2, upgraded_section
 from lightning_peft.hollow import settle_base
 from lightning_peft.sharding import plain_name, sharded, write
 from lightning_peft.sharding import split as shard
@@ -90,7 +91,8 @@ def fit_to(state: dict[str, Any], there: Names, here: Names, where: str) -> dict
 
 def fit_optimizers(trainer: L.Trainer, module: nn.Module, checkpoint: dict[str, Any], where: str) -> None:
     """Bring a checkpoint's optimizer states into the order of this run's optimizers."""
-    saved = (checkpoint[SECTION].get("resume") or {}).get("optimizers")
+    info = upgraded_section(checkpoint[SECTION])
+    saved = (info.get("resume") or {}).get("optimizers")
     here = optimizer_names(trainer, module)
     states = checkpoint.get("optimizer_states")
     if not states or not here:
@@ -101,7 +103,7 @@ def fit_optimizers(trainer: L.Trainer, module: nn.Module, checkpoint: dict[str, 
         return
     if len(saved) != len(here):
         raise CheckpointError(f"{where} holds {len(saved)} optimizers, this run has {len(here)}. {_ANEW}")
-    moved = [[_here(g, checkpoint[SECTION], module) for g in names] for names in saved]
+    moved = [[_here(g, info, module) for g in names] for names in saved]
     checkpoint["optimizer_states"] = [
         fit_to(state, there, names, where) for state, there, names in zip(states, moved, here, strict=True)
     ]
@@ -154,7 +156,7 @@ class Loader:
             fit_optimizers(self.trainer, self.module, content, where)
         make_way(self.module, fitted)
         if folder:
-            self._weights_from(path, info)
+            self._weights_from(path, content[SECTION])
             if fits:
                 self._optimizers_from(path, info, where)
         else:
@@ -205,7 +207,8 @@ class Loader:
     def _weights_from(self, path: Path, info: Mapping[str, Any]) -> None:
         """From shards into shards, each process what it needs."""
         tensors = model_tensors(self.module)
-        names = reroot({n: n for n in info["keys"]}, info, self.module)  # type: ignore[arg-type]
+        stored = {name_in_format2(name, info): name for name in info["keys"]}
+        names = reroot(stored, info, self.module)  # type: ignore[arg-type]
         _read_into({f"state_dict.{old}": tensors[new].detach() for new, old in names.items()}, path)
 
     def _optimizers_from(self, path: Path, info: Mapping[str, Any], where: str) -> None:

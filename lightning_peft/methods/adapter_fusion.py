@@ -269,11 +269,11 @@ def _fill(deltas: Mapping[str, Delta], path: str, where: str) -> None:
     """Copy the values of one file into its adapters; a tensor that all share stands in the file once."""
     state, info = read(path)
     network = len(info["network"])
-    values = {n[network:].replace(".base.", "."): t for n, t in state.items()}
+    values = {n[network:]: t for n, t in state.items()}
     open_ = {id(p): f"{n}.delta.{leaf}" for n, d in deltas.items() for leaf, p in d.named_parameters()}
     for name, delta in deltas.items():
         for leaf, parameter in delta.named_parameters():
-            value = values.get(f"{name}.delta.{leaf}".replace(".base.", "."))
+            value = values.get(f"{name}.delta.{leaf}")
             if value is None:
                 continue
             if value.shape != parameter.shape:

@@ -682,7 +682,7 @@ class IntegerLinear(nn.Module):
 # ---- functions that prepare layers ---------------------------------------------------------------------------------
 def transparent(layer: nn.Module) -> nn.Module:
     """Put a forward on the instance that computes the same, as accelerate's hooks do."""
-    layer._old_forward = layer.forward
+    layer._hf_hook, layer._old_forward = "hook", layer.forward
     layer.calls = 0
     layer.forward = functools.update_wrapper(functools.partial(_transparent, layer), layer._old_forward)
     return layer
