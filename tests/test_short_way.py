@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
-import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -14,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_peft import LoRA, LoRAFA, inject, trainable_names
-from lightning_peft.lowrank import siblings
+from lightning_peft.lowrank import LowRankLinear
+from lightning_peft.lowrank.fast import is_plain_execution
 from lightning_peft.lowrank.inputs import source
 from tests.models import MODELS, batch
 
@@ -58,8 +57,8 @@ def plainly(net: nn.Module) -> nn.Module:
     """A copy that takes the plain formula."""
     net = copy.deepcopy(net)
     for module in net.modules():
-        if hasattr(module, "direct"):
-            module.direct = False
+        if isinstance(module, LowRankLinear):
+            module._adapter.fast = False
     return net
 
 
@@ -82,7 +81,6 @@ def test_values_and_gradients(method, options):
         torch.testing.assert_close(net(x), plainly(net)(x), rtol=1e-12, atol=1e-12)
     with torch.inference_mode():
         assert net(x).isfinite().all()
-    assert all(m.siblings is None or m.siblings.waiting is None for m in net.modules() if hasattr(m, "siblings"))
 
 
 #: rows in one product; rows in parts; each text a part of its own
@@ -197,11 +195,11 @@ def test_hooks_that_change_what_is_saved_are_respected():
 
 
 def test_what_steps_aside():
-    """Hooks on the base, function transforms and autocast take the plain formula, with equal results."""
+    """Hooks on the factors, function transforms and autocast take the plain formula, with equal results."""
     net, x = block(), torch.randn(3, 6, dtype=torch.float64)
     seen = []
     wanted = plainly(net)(x)
-    net[1].k_proj.base.register_forward_hook(lambda m, args, out: seen.append(out.clone()))
+    net[1].k_proj.delta.register_forward_hook(lambda m, args, out: seen.append(out.clone()))
     torch.testing.assert_close(net(x), wanted)
     assert len(seen) == 1
     values = {n: net.get_parameter(n).detach() for n in trainable_names(net)}
@@ -211,27 +209,14 @@ def test_what_steps_aside():
     for name, grad in by_name.items():
         torch.testing.assert_close(grad, net.get_parameter(name).grad)
     torch.testing.assert_close(each, wanted)
-    assert siblings.usual()
+    assert is_plain_execution()
     net, other = net.float(), plainly(net).float()
     with torch.autocast("cpu", torch.bfloat16):
         same([net(x.float())], [other(x.float())])
     assert net.to("meta")(x.float().to("meta")).is_meta
 
 
-def test_values_written_between_siblings():
-    """After the first of them has multiplied the input by all their A."""
-    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    found = []
-    for m in (copy.deepcopy(net), plainly(net)):
-        m[1].q_proj(x)
-        with torch.no_grad():
-            m[1].k_proj.delta.lora_A.copy_(torch.linspace(-1, 1, 12).view(2, 6))
-        found.append(m[1].k_proj(x))
-    same(found[:1], found[1:])
-
-
-def test_one_sibling_in_a_checkpoint():
-    """Its recomputation knows nothing of the others."""
+def test_one_of_several_layers_in_a_checkpoint():
     net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
     def call(m):
@@ -248,21 +233,21 @@ def set_dropout(m):
 
 
 CHANGES = {
-    "disabled": lambda m: setattr(m.k_proj, "active", False),
-    "bias": lambda m: m.k_proj.base.bias.add_(1),
-    "other bias": lambda m: setattr(m.k_proj.base, "bias", nn.Parameter(torch.ones(4).double(), False)),
+    "disabled": lambda m: m.k_proj._adapter.switch(m.k_proj, False),
+    "bias": lambda m: m.k_proj.bias.add_(1),
+    "other bias": lambda m: setattr(m.k_proj, "bias", nn.Parameter(torch.ones(4).double(), False)),
     "scaling": lambda m: setattr(m.k_proj.delta, "scaling", 9.0),
     "other factor": lambda m: setattr(m.k_proj.delta, "lora_B", nn.Parameter(torch.ones(4, 2).double())),
-    "hook on the base": lambda m: m.k_proj.base.register_forward_hook(lambda module, args, out: out * 2),
+    "hook on the layer": lambda m: m.k_proj.register_forward_hook(lambda module, args, out: out * 2),
     "hook on the factors": lambda m: m.k_proj.delta.register_forward_hook(lambda module, args, out: out * 2),
     "dropout": set_dropout,
-    "unfrozen": lambda m: m.k_proj.base.weight.requires_grad_(),
+    "unfrozen": lambda m: m.k_proj.weight.requires_grad_(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_waits_is_taken_only_as_it_was(change):
-    """Whatever is changed between the first of the layers and the next."""
+def test_changes_between_two_layers_count(change):
+    """Whatever is changed in one layer after another that reads the same input was called."""
     net, x = block(bias=True), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     found = []
     for m in (copy.deepcopy(net)[1], plainly(net)[1]):
@@ -276,63 +261,6 @@ def test_what_waits_is_taken_only_as_it_was(change):
     same(*found)
 
 
-PATTERNS = {
-    "k elsewhere": (lambda m, h, x: m.q_proj(h).sum() * m.k_proj(x).sum() * m.v_proj(h), "qv"),
-    "k and v elsewhere": (lambda m, h, x: m.q_proj(h).sum() * m.k_proj(x).sum() * m.v_proj(x), "q"),
-    "v uncalled": (lambda m, h, x: m.q_proj(h).sum() * m.k_proj(h), "qk"),
-    "q twice": (lambda m, h, x: m.q_proj(h).sum() * m.q_proj(h) * m.k_proj(h).sum() * m.v_proj(h).sum(), "qkv"),
-    "k first": (lambda m, h, x: m.k_proj(h).sum() * m.v_proj(h) * m.q_proj(h).sum(), "kvq"),
-}
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_layers_computed_in_vain_leave(pattern, checkpointed):
-    """In training with a real optimizer, two passes a step; nothing waits after a pass, nothing is kept of many."""
-    (call, stay), net, x = PATTERNS[pattern], block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    results = []
-    for m in (copy.deepcopy(net)[1], plainly(net)[1]):
-        optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-3)
-        run = lambda x, m=m: call(m, x * 2, x)  # noqa: E731
-        for step in range(5):
-            total = 0
-            for scale in (1, 2):
-                given = (x * scale).sin()
-                total = total + (checkpoint(run, given, use_reentrant=False) if checkpointed else run(given)).sum()
-            (total / 100).backward()
-            assert step < 3 or m.q_proj.siblings is None or m.q_proj.siblings.waiting is None
-            optimizer.step(), optimizer.zero_grad()
-        results.append(list(m.parameters()))
-        if m.q_proj.direct:
-            group = next(p.siblings for p in (m.q_proj, m.k_proj, m.v_proj) if p.siblings is not None)
-            assert sorted(n[0] for n, p in m.named_children() if any(p is o for o in group.layers)) == sorted(stay)
-            assert not group.missed
-    same(*results)
-
-
-def test_a_probe_changes_nothing():
-    """One odd call, or a checkpoint that stops early, does not take layers out for good."""
-    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    m = net[1]
-    m.q_proj(x.sin()), m.k_proj(x.cos())
-    for _ in range(3):
-        (m.q_proj(x).sum() * m.k_proj(x).sum() * m.v_proj(x).sum()).backward()
-        early = lambda h: m.q_proj(h).tanh().sum() + m.k_proj(h).sum() + m.v_proj(h).sum()  # noqa: E731
-        checkpoint(early, x * 2, use_reentrant=False).backward()
-    assert m.q_proj.siblings.layers == [m.q_proj, m.k_proj, m.v_proj] and not m.q_proj.siblings.missed
-
-
-def test_an_abandoned_pass_is_let_go():
-    """After an exception between the layers nothing holds what came before: there may have been too little memory."""
-    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    b, before = net[1], x.exp()
-    h, gone = b.normed(before), weakref.ref(before)
-    b.q_proj(h)
-    assert b.q_proj.siblings.waiting is not None
-    del h, before
-    assert b.q_proj.siblings.waiting is None and gone() is None
-
-
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_batched_gradients(shape):
     """Many gradients in one backward pass (``is_grads_batched``)."""
@@ -343,30 +271,6 @@ def test_batched_gradients(shape):
         many = torch.linspace(-1, 1, 2 * y.numel(), dtype=y.dtype).view(2, *shape)
         found.append(torch.autograd.grad(y, x, many, is_grads_batched=True))
     same(*found)
-
-
-@pytest.mark.parametrize("crossed", ["k_proj", "v_proj", None])
-def test_checkpoints_find_the_same_again(crossed):
-    """Layers that are found to read another input, or are not called, in a pass that will be run again."""
-    net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-
-    def attend(m):
-        def run(h, other):
-            q, k = m.q_proj(h), m.k_proj(other if crossed == "k_proj" else h)
-            return (
-                q.sin() * k.sum(-1, keepdim=True) * (1 if crossed is None else m.v_proj(other)).cos()
-                if crossed
-                else q * k.sum()
-            )
-
-        return lambda x: checkpoint(run, x * 2, x.exp(), use_reentrant=False).pow(2).sum()
-
-    for _ in range(3):
-        found = [torch.autograd.grad(attend(m[1])(x) + attend(m[1])(x * 3), x) for m in (net, plainly(net))]
-        same(*found)
-        with torch.no_grad():
-            for p in net[1].parameters():
-                p.mul_(1.1)
 
 
 def test_changed_inputs_are_not_rebuilt():
@@ -410,15 +314,6 @@ def test_a_frozen_adapter_may_be_differentiated_twice():
     same(*found)
 
 
-def test_copies_link_to_themselves():
-    """Copied and pickled models lead their own siblings."""
-    net = block()
-    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-        layers = other[1].q_proj.siblings.layers
-        assert layers == [other[1].q_proj, other[1].k_proj, other[1].v_proj]
-        assert net[1].q_proj not in layers
-
-
 def test_inputs_are_rebuilt_not_kept():
     """RMSNorm, layer norm and gated products are taken apart exactly; other inputs are kept as they are."""
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True) * 1
@@ -452,9 +347,22 @@ def test_less_is_kept(kind):
     frozen = MODELS[kind]().requires_grad_(False).eval()
     net = MODELS[kind]().eval()
     inject(net, LoRA(r=2))
-    names = [name for name, module in net.named_modules() if hasattr(module, "direct")]
+    names = [name for name, module in net.named_modules() if isinstance(module, LowRankLinear)]
     theirs = peft.get_peft_model(MODELS[kind]().eval(), peft.LoraConfig(r=2, target_modules=names)).eval()
     ours, plain, peft_, least = (counts(n, step) for n in (net, plainly(net), theirs, floor(frozen)))
     assert ours["flops"] == plain["flops"]
-    assert ours["dispatches"] - least["dispatches"] < 0.65 * (peft_["dispatches"] - least["dispatches"])
+    assert ours["dispatches"] - least["dispatches"] < 0.85 * (peft_["dispatches"] - least["dispatches"])
     assert ours["kept"] < plain["kept"] and (kind == "bert" or ours["kept"] < 1.05 * least["kept"])
+
+
+def test_backward_inside_autocast():
+    """Manual optimization may call backward where autocast is on, though the forward was outside it."""
+    net = block(bias=True).float()
+    x = torch.randn(2, 40, 6, requires_grad=True)
+    given = [x, *(p for p in net.parameters() if p.requires_grad)]
+    for create_graph in (False, True):
+        outside = torch.autograd.grad(net(x).pow(2).sum(), given, create_graph=create_graph)
+        loss = net(x).pow(2).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torch.autograd.grad(loss, given, create_graph=create_graph)
+        same(inside, outside)
