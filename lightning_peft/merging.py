@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import remove
 from lightning_peft.switching import switch
@@ -95,11 +95,14 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def tied_parameters(root: nn.Module) -> set[tuple[str, ...]]:
-    """Groups of names, as they were before injection, that stand for one parameter."""
+    """Groups of names, as they were before injection, that stand for one parameter of the base."""
     names: dict[int, list[str]] = {}
     wrappers = {n for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, Adapted)}
+    # What a method shares among its adapters (VeRA's matrices) is no tie of the base.
+    added = {id(p) for m in root.modules() if isinstance(m, Delta) for p in m.parameters()}
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(_bare(name, wrappers))
+        if id(parameter) not in added:
+            names.setdefault(id(parameter), []).append(_bare(name, wrappers))
     return {tuple(sorted(group)) for group in names.values() if len(group) > 1}
 
 
