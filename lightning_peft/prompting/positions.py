@@ -18,7 +18,11 @@ COUNTERS = ("cache_length", "past_key_values_length")
 
 
 class ShiftedPositions(Adapted):
-    """A rotary embedding or a table of positions that sees every position ``n`` further on. It trains nothing."""
+    """A rotary embedding or a table of positions that sees every position ``n`` further on. It trains nothing.
+
+    Padded tokens keep the position that the model gives them, as they do beside a key-value cache of length ``n``:
+    the table's ``padding_idx`` in RoBERTa and its relatives, -1 in OPT.
+    """
 
     def __init__(self, base: nn.Module, n: int) -> None:
         super().__init__(base, Delta())
@@ -40,14 +44,17 @@ class ShiftedPositions(Adapted):
             tokens = bound["inputs_embeds"] if tokens is None else tokens
             self.check(getattr(tokens, "shape", tokens)[1] + past)
         else:
-            bound[names[0]] = self.later(bound[names[0]])
+            bound[names[0]] = self.later(bound[names[0]], padding=getattr(self.base, "padding_idx", None))
         return self.base(**bound)
 
-    def later(self, positions: Tensor) -> Tensor:
-        """The positions, moved on."""
+    def later(self, positions: Tensor, padding: int | None = None) -> Tensor:
+        """The positions, moved on; those of padded tokens (below zero, or equal to ``padding``) stay."""
         known = positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling()
         self.check(int(positions.max()) + 1 if known else positions.shape[-1])  # looking costs a wait elsewhere
-        return positions + self.n
+        padded = positions < 0
+        if padding is not None:
+            padded = padded | (positions == padding)
+        return torch.where(padded, positions, positions + self.n)
 
     def check(self, length: Any) -> None:
         """Raise where a table has no row for the last position."""
