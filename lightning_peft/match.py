@@ -165,12 +165,18 @@ def select(
     for pattern, ban in zip(as_patterns(exclude), banned, strict=True):
         if modules and not any(ban(prefix + name) or ban(name) for name in modules):
             raise NoMatchError(f"{method}: exclude_modules={pattern!r} matches no module, so it would do nothing.")
-    tests = [
-        _word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix, other_names or {}) for p in wanted
-    ]
-    for pattern, test in zip(wanted, tests, strict=True):
-        if pattern not in WORDS and modules and not any(test(n, m) for n, m in modules.items()) and len(wanted) > 1:
-            raise NoMatchError(_explain(method, [pattern], exclude, layers, modules, {}, kinds))
+    others = other_names or {}
+    tests = [_word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix, others) for p in wanted]
+    if len(wanted) > 1 and modules:
+        # With several patterns each must find something to adapt: what one of them misses, no other may hide.
+        for pattern, test in zip(wanted, tests, strict=True):
+            if pattern in WORDS:
+                continue
+            named = {n: m for n, m in modules.items() if test(n, m)}
+            left = {n: m for n, m in named.items() if not excluded(n, prefix, banned)}
+            cannot_be_adapted = bool(left) and not any(kinds(m) for m in left.values())
+            if not named or cannot_be_adapted:
+                raise NoMatchError(_explain(method, [pattern], exclude, layers, modules, left, kinds))
     chosen: dict[str, nn.Module] = {}
     hit: dict[str, nn.Module] = {}
     for name, module in modules.items():

@@ -13,6 +13,7 @@ weights that follow the product           ``after_step`` takes the snapshot, ``s
 state shared by modules                   ``connect`` registers one ``Delta`` in all: ``named_parameters`` names it once
 loss terms                                ``regularizer``: the callback adds its gradient to those of the loss
 gradient transforms                       ``transform_grads``, called on unscaled gradients before clipping
+looks at a batch                          ``before_transfer``, while the batch is on the CPU
 optimizer groups                          ``param_groups``
 full fine-tuning, BitFit                  ``thaw`` names the base parameters that train; nothing is adapted
 ========================================  ============================================================================
@@ -150,6 +151,12 @@ class Method(ABC):
 
     def after_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
         """Called after optimizer step number ``step`` (from 1); gradients of that step are still there."""
+
+    def before_transfer(self, model: nn.Module, batch: Any) -> Any:
+        """Look at a batch before it goes to the device, where looking would mean waiting; see `after_transfer`."""
+
+    def after_transfer(self, model: nn.Module, batch: Any, seen: Any) -> None:
+        """Called with the same batch on the device and with what `before_transfer` gave."""
 
     def state_names(self, model: nn.Module) -> list[str]:
         """Frozen tensors and buffers that inference needs beside the trained ones."""

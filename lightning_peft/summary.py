@@ -111,6 +111,10 @@ def _rows(trainable: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
 def _frozen(root: nn.Module, trainable: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     """The largest parts in which nothing trains."""
     parts: list[dict[str, Any]] = []
+    holds_trainable: set[str] = set()  # every module above a trainable parameter
+    for name in trainable:
+        while name := name.rpartition(".")[0]:
+            holds_trainable.add(name)
 
     def visit(module: nn.Module, name: str) -> None:
         for key, child in module.named_children():
@@ -118,7 +122,7 @@ def _frozen(root: nn.Module, trainable: dict[str, nn.Parameter]) -> list[dict[st
             count = sum(_count(p) for p in child.parameters())
             if not count or isinstance(child, Delta):
                 continue
-            if not any(n.startswith(path + ".") for n in trainable):
+            if path not in holds_trainable:
                 parts.append({"name": path, "parameters": count})
             elif name.count(".") < 1:
                 visit(child, path)

@@ -93,6 +93,7 @@ _ENCDEC = ("AutoModelForSeq2SeqLM", {"decoder_input_ids": torch.tensor([[1, 5, 9
 ZOO = {
     "bert": ("AutoModel", _BERT, {}),
     "roberta": ("AutoModel", _BERT, {}),
+    "xmod": ("AutoModel", {**_BERT, "languages": ["en_XX"], "default_language": "en_XX"}, {}),
     "electra": ("AutoModel", {**_BERT, "embedding_size": 16}, {}),
     "deberta-v2": ("AutoModel", _BERT, {}),
     "distilbert": (

@@ -1,10 +1,13 @@
 """Where bottleneck adapters go: the table of layers against what the models compute, and all kinds on all of them."""
 
 import copy
+import dataclasses
 import pickle
+from collections import Counter
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lightning_peft import (
@@ -50,7 +53,7 @@ def test_the_table_is_true(kind):
     def watch(name, module):
         def hook(module, args, kwargs, out):
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
-            seen[name] = (x.detach(), first(out).detach())
+            seen.setdefault(name, (x.detach(), first(out).detach()))
 
         module.register_forward_hook(hook, with_kwargs=True)
 
@@ -62,7 +65,7 @@ def test_the_table_is_true(kind):
     for site in sites:
         total = seen[site.output][1] + seen[site.source][0]
         layer = _owner(site)
-        if site.post:
+        if site.post or (kind == "xmod" and site.role == "mlp"):  # X-MOD's language adapter starts with that norm
             taken = seen[site.norm][0]
         elif site.role == "mlp" or "SelfAttention" in modules[layer]._modules:
             taken = seen[layer][1]
@@ -116,6 +119,42 @@ def test_every_adapter_works(method, kind):
     ]
     with torch.no_grad():
         assert torch.equal(outputs(model, kind), base)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_every_adapter_in_x_mod_corrects_once_a_pass(method, pre_norm):
+    """X-MOD's own language adapter calls the dropout and the normalisation of the feed-forward part once more."""
+    options = {**ZOO["xmod"][1], "pre_norm": pre_norm}
+    model = transformers.XmodModel(transformers.XmodConfig(**options)).eval()
+    inject(model, dataclasses.replace(method, target_modules=["attention", "mlp"]))
+    adapters = {n: m for n, m in model.named_modules() if isinstance(m, WithBottleneck)}
+    assert len(adapters) == 4
+    calls = Counter()
+    for name, adapter in adapters.items():
+        adapter.delta.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    model(**inputs("xmod"))
+    assert calls == dict.fromkeys(adapters, 1)
+
+
+@pytest.mark.parametrize("method", [Houlsby(), ParallelAdapter()], ids=lambda m: type(m).__name__)
+def test_adapters_give_the_same_in_x_mod_and_roberta_where_the_layers_are_the_same(method):
+    """Without its language adapter X-MOD's layer is RoBERTa's."""
+    bert, xmod = build("roberta"), build("xmod")
+    xmod.load_state_dict(bert.state_dict(), strict=False)
+    for layer in xmod.encoder.layer:
+        layer.output.lang_adapter = lambda lang_ids, hidden_states: hidden_states
+    given = inputs("xmod")
+    torch.testing.assert_close(xmod(**given)[0], bert(**given)[0])
+    for model in (bert, xmod):
+        inject(model, method)
+    torch.manual_seed(0)
+    for name, value in bert.named_parameters():
+        if value.requires_grad:
+            value.data.normal_(0, 0.1)
+            same = name.replace(".output.dropout.", ".output.dense.") if "attention" not in name else name
+            dict(xmod.named_parameters())[same].data.copy_(value)
+    torch.testing.assert_close(xmod(**given)[0], bert(**given)[0])
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)

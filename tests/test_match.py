@@ -105,6 +105,16 @@ def test_no_match_says_what_would(fields, message):
     assert [type(m) for m in model.modules()] == before and all(p.requires_grad for p in model.parameters())
 
 
+def test_a_name_that_cannot_be_adapted_is_not_hidden_by_one_that_can():
+    net = nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 2)})
+    for patterns in (["norm", "fc"], ["all-linear", "norm"], ["re:norm|bn", "fc"]):
+        with pytest.raises(NoMatchError, match="'norm' is a LayerNorm"):
+            inject(net, LoRA(target_modules=patterns))
+    with pytest.raises(NoMatchError, match="'norm' is a LayerNorm"):
+        inject(net, LoRA(target_modules=["norm", "fc"], exclude_modules="re:f.+"))
+    assert adapted(net, target_modules=["norm", "fc"], exclude_modules="norm") == ["fc"]
+
+
 def test_a_model_without_usable_types():
     with pytest.raises(NoMatchError, match=r"has none of the types it can adapt; it has 1 LayerNorm"):
         inject(nn.Sequential(nn.LayerNorm(4)), LoRA())

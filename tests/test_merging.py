@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from lightning_peft import LoRA, MergeError, inject, merge, merge_and_unload, save_merged, unmerge
+from lightning_peft import LoRA, MergeError, VeRA, inject, merge, merge_and_unload, save_merged, unmerge
 from tests.contract.battery import shake
 from tests.models import bert, logits
 
@@ -36,9 +36,11 @@ def test_a_tied_target_is_untied_while_merged(target, tmp_path):
     assert model.config.tie_word_embeddings and not reloaded.config.tie_word_embeddings
 
 
-def test_a_tie_beside_the_targets_stays(tmp_path):
+@pytest.mark.parametrize("method", [LoRA(r=2), VeRA(r=4)], ids=["LoRA", "VeRA"])
+def test_a_tie_beside_the_targets_stays(method, tmp_path):
+    """Also where the method itself shares tensors among its adapters, as VeRA does."""
     model = tied()
-    inject(model, LoRA(r=2))
+    inject(model, method)
     shake(model)
     expected = logits(model, "llama")
     save_merged(model, tmp_path / "m")
@@ -47,6 +49,10 @@ def test_a_tie_beside_the_targets_stays(tmp_path):
     assert reloaded.config.tie_word_embeddings
     merge_and_unload(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "unloaded")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "unloaded").eval()
+    torch.testing.assert_close(logits(again, "llama"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_diverged_adapter_is_not_merged():

@@ -44,8 +44,33 @@ class Layout:
         return self.flag is None or getattr(layer, self.flag[0], None) == self.flag[1]
 
 
-#: the first layout that fits a layer holds; special ones stand before general ones
+#: for each role the first layout that fits a layer and has a place for it holds; special ones stand before general
 LAYOUTS = (
+    # X-MOD puts its language adapter between h + x and the end of the layer, and that adapter calls `output.dropout`
+    # and, by default, `output.LayerNorm` once more. So the feed-forward part ends at its dense layer, before dropout,
+    # and takes the correction there even where the layer is post-norm.
+    Layout(
+        "X-MOD",
+        ("attention.output.dropout", "attention", "attention.output.LayerNorm"),
+        None,
+        post=True,
+        kind="XmodLayer$",
+        flag=("pre_norm", False),
+    ),
+    Layout(
+        "X-MOD",
+        None,
+        ("output.dense", "intermediate", "output.LayerNorm"),
+        kind="XmodLayer$",
+        flag=("pre_norm", False),
+    ),
+    Layout(
+        "X-MOD",
+        ("attention.output.dropout", "attention", "attention.output.LayerNorm"),
+        ("output.dense", "output.LayerNorm", "output.LayerNorm"),
+        kind="XmodLayer$",
+        flag=("pre_norm", True),
+    ),
     Layout(
         "BERT, RoBERTa, ELECTRA, DeBERTa",
         ("attention.output.dropout", "attention", "attention.output.LayerNorm"),
@@ -159,10 +184,11 @@ def find_sites(modules: Mapping[str, nn.Module]) -> list[Site]:
     """
     sites = []
     for name, layer in modules.items():
-        layout = next((row for row in LAYOUTS if row.fits(name, layer, modules)), None)
-        for role in ROLES if layout else ():
-            place = getattr(layout, role)
-            if place is not None:
+        layouts = [row for row in LAYOUTS if row.fits(name, layer, modules)]
+        for role in ROLES:
+            layout = next((row for row in layouts if getattr(row, role) is not None), None)
+            if layout is not None:
+                place = getattr(layout, role)
                 sites.append(Site(role, *(_join(name, p) for p in place), post=layout.post))
     return sites
 

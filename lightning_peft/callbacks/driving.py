@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightning_peft.adapted import Delta
 from lightning_peft.method import Method
 from lightning_peft.sharding import gathered
-from lightning_peft.trainable import require
+from lightning_peft.trainable import find, require
 
 
 def add_loss_terms(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -21,7 +22,7 @@ def add_loss_terms(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with _whole(pl_module):
             term = method.regularizer(pl_module)
             if term is not None:
-                _backward(term * _loss_factor(trainer, pl_module), pl_module)
+                _backward(_scaled(term, trainer, pl_module), pl_module)
 
 
 def change_gradients(pl_module: L.LightningModule) -> None:
@@ -36,6 +37,23 @@ def step_taken(pl_module: L.LightningModule, step: int, total_steps: int | None)
     for method in _with(pl_module, "after_step"):
         with _whole(pl_module):
             method.after_step(pl_module, step, total_steps)
+
+
+class Transfer:
+    """Stands before a strategy's ``batch_to_device`` while a module has adapters: methods see the batch before."""
+
+    def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+
+    def __call__(self, batch: Any, *arguments: Any, **options: Any) -> Any:
+        strategy = self.trainer.strategy
+        original: Callable[..., Any] = type(strategy).batch_to_device.__get__(strategy)
+        methods = list(_with(self.module, "before_transfer")) if find(self.module) else []
+        seen = [method.before_transfer(self.module, batch) for method in methods]
+        batch = original(batch, *arguments, **options)
+        for method, notes in zip(methods, seen, strict=True):
+            method.after_transfer(self.module, batch, notes)
+        return batch
 
 
 def _with(pl_module: L.LightningModule, part: str) -> Iterator[Method]:
@@ -57,7 +75,9 @@ def _backward(term: Tensor, pl_module: L.LightningModule) -> None:
             parameter.grad.add_(grad)
 
 
-def _loss_factor(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+def _scaled(term: Tensor, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+    """A loss term, multiplied as Lightning has multiplied the loss."""
+    if pl_module.automatic_optimization:
+        term = term / trainer.accumulate_grad_batches
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    factor = scaler.get_scale() if scaler is not None else 1.0
-    return factor / trainer.accumulate_grad_batches if pl_module.automatic_optimization else factor
+    return term if scaler is None else scaler.scale(term)  # reading the factor would wait for the device

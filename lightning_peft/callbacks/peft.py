@@ -21,7 +21,7 @@ from lightning_peft.callbacks.checks import (
     check_rates,
     check_trainer,
 )
-from lightning_peft.callbacks.driving import add_loss_terms, change_gradients, step_taken
+from lightning_peft.callbacks.driving import Transfer, add_loss_terms, change_gradients, step_taken
 from lightning_peft.callbacks.hooks import check_base, install, settle_optimizers
 from lightning_peft.callbacks.moving import Loader
 from lightning_peft.callbacks.strategies import (
@@ -95,6 +95,7 @@ class PEFT(L.Callback):
         self._check_order(trainer, pl_module, stage)
         prepare(trainer)
         trainer.strategy.load_checkpoint = Loader(trainer, pl_module)  # type: ignore[method-assign]
+        trainer.strategy.batch_to_device = Transfer(trainer, pl_module)  # type: ignore[method-assign]
         deferred = is_overridden("configure_model", pl_module)
         if deferred and loads_late(trainer) and any(True for _ in pl_module.parameters()):
             self.ensure(pl_module, stage)  # before configure_model shards what is there
@@ -193,6 +194,7 @@ class PEFT(L.Callback):
         """Leave no patch behind."""
         _drop_pending(pl_module)
         trainer.strategy.__dict__.pop("load_checkpoint", None)
+        trainer.strategy.__dict__.pop("batch_to_device", None)
         self._frozen = []
 
     def _check_base(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

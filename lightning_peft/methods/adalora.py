@@ -222,9 +222,10 @@ class AdaLoRA(Method):
             )
         flat = torch.cat([s.flatten().to(scores[0].device) for s in scores])
         excess = flat.numel() - budget
-        threshold = float(flat.kthvalue(excess).values) if excess > 0 else -1.0
+        # the threshold stays a tensor: as a number it would make every allocation wait for the device
+        threshold = flat.kthvalue(excess).values if excess > 0 else flat.new_tensor(-1.0)
         for delta, score in zip(ready, scores, strict=True):
-            keep = score > threshold
+            keep = score > threshold.to(score.device)
             delta.prune(keep)
             if final:
                 delta.kept, delta.importance, delta.uncertainty = keep, {}, {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class DeltaFactors(LowRank):
         self.snapshot_A = nn.Parameter(torch.zeros_like(self.lora_A), requires_grad=False)
         self.snapshot_B = nn.Parameter(torch.zeros_like(self.lora_B), requires_grad=False)
         self.follow = nn.Parameter(self.lora_A.new_zeros(()), requires_grad=False)
+        #: whether the program knows that the weight follows; reading ``follow`` would wait for the device
+        self.known_to_follow = False
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the trained product, of its detached copy in the weight, and of the snapshot."""
@@ -54,11 +56,17 @@ class DeltaFactors(LowRank):
         return torch.cat([A, new[0], old[0]], -2), torch.cat([B, new[1] * gain, old[1] * -gain], -1)
 
     def take_snapshot(self, update_ratio: float) -> None:
-        """From now on the weight follows."""
+        """From now on the weight follows. One that follows already (a loaded adapter) keeps its earlier snapshot."""
         with torch.no_grad():
-            self.snapshot_A.copy_(self.lora_A)
-            self.snapshot_B.copy_(self.lora_B)
-            self.follow.fill_(update_ratio)
+            follows = self.follow != 0
+            self.snapshot_A.copy_(torch.where(follows, self.snapshot_A, self.lora_A))
+            self.snapshot_B.copy_(torch.where(follows, self.snapshot_B, self.lora_B))
+            self.follow.copy_(torch.where(follows, self.follow, update_ratio))
+        self.known_to_follow = True
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.known_to_follow = False
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,8 @@ class DeltaLoRA(LoRA):
                 " the weight would follow from a later step on. Lower start_step.",
                 stacklevel=2,
             )
-        if step <= self.start_step:
-            return
-        deltas = [m for m in model.modules() if isinstance(m, DeltaFactors)]
-        if deltas and not bool(deltas[0].follow):
-            for delta in deltas:
+        for delta in (m for m in model.modules() if isinstance(m, DeltaFactors)):
+            if step <= self.start_step:
+                delta.known_to_follow = False  # another run with this model: ask again when its time comes
+            elif not delta.known_to_follow:
                 delta.take_snapshot(self.update_ratio)

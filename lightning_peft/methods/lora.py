@@ -95,6 +95,13 @@ class LoRA(Method):
         check_number(name, "lr_ratio", self.lr_ratio, 1.0)
         for pattern, rank in self.rank_pattern.items():
             check_number(name, f"rank_pattern[{pattern!r}]", rank, 1)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_number(name, f"alpha_pattern[{pattern!r}]", alpha, 0.0)
+            if alpha == 0:
+                raise ConfigError(
+                    f"{name}(alpha_pattern={{{pattern!r}: {alpha!r}}}): with an alpha of 0 the adapters there would add"
+                    f" nothing. To leave those modules alone, use exclude_modules={pattern!r}."
+                )
         for option, allowed in (("init", STARTS), ("bias", ("none", "all", "lora_only"))):
             if getattr(self, option) not in allowed:
                 raise ConfigError(f"{name}({option}={getattr(self, option)!r}): choose one of {', '.join(allowed)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,9 @@ from lightning_peft.prompting.prefix import normal_
 from lightning_peft.prompting.prompt import Prompt, PromptEncoder
 from lightning_peft.prompting.virtual import PromptedEmbedding, VirtualTokens, connect, disconnect
 from lightning_peft.trainable import require
+
+#: attribute of an id tensor on a device: its placeholders in each row, counted before it went there
+NOTE = "_lightning_peft_placeholders"
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,16 @@ class PTuning(Method):
             disconnect(model, model.get_submodule(name)._adapter)
         super().detach(model, names)
 
+    def before_transfer(self, model: nn.Module, batch: Any) -> Any:
+        """Count the placeholders while the ids are on the CPU."""
+        return note_counts(model, batch)
+
+    def after_transfer(self, model: nn.Module, batch: Any, seen: Any) -> None:
+        """Write the counts beside the ids on the device."""
+        for place, ids in id_tensors(batch):
+            if place in seen:
+                setattr(ids, NOTE, (version_of(ids), seen[place]))
+
     def fold(self, model: nn.Module) -> None:
         """Replace the prompt encoder by the vectors it gives, for inference and export.
 
@@ -147,57 +160,155 @@ class PTuning(Method):
 
 
 class Placeholders(VirtualTokens):
-    """Virtual tokens for which placeholders stand: the i-th placeholder of a row for vector i."""
+    """Virtual tokens for which placeholders stand: the i-th placeholder of a row for vector i.
+
+    Whether a batch has placeholders decides about the length of the sequence, so the program must know it, and reading
+    it from ids on a device makes it wait. Ids on the CPU are counted there, also those that the `PEFT` callback sees
+    before they leave for the device (`note_counts`). Where a training loop of the user's own brings its ids on the
+    device, the first batch is counted; later ones are taken to be alike, and their counts are looked at when they have
+    arrived by themselves.
+    """
 
     def __init__(self, embedding: nn.Module, n: int, placeholder: int) -> None:
         super().__init__(embedding, n)
         self.placeholder = placeholder
         self.hooked = False
-        self.met = False  # placeholders were looked up ahead of the backbone (models of several modalities)
         self.used = False  # placeholders were seen at all, which an export must know
+        #: the ids that were looked up last: ahead of the backbone in models of several modalities
+        self.looked_up: Tensor | None = None
+        #: whether the first batch that came on the device had placeholders; None before it, and outside training
+        self.first_had: bool | None = None
+        self.arriving: list[ArrivingCounts] = []
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Number the placeholders on their way into the backbone: inside, rows may be transposed, and some models look
         for their largest id."""
         bound = dict(zip(self.names, args, strict=False)) | kwargs
         ids = bound.get("input_ids")
-        if self.active and ids is not None and self.count(found := ids == self.placeholder):
+        if self.active and ids is not None and self.has_placeholders(ids):
             self.places = None
-            return (), bound | {"input_ids": self.numbered(ids, found)}
+            return (), bound | {"input_ids": self.numbered(ids)}
         return super().before(module, args, kwargs)
 
     def fill(self, ids: Tensor) -> Tensor:
         """Embeddings of ids with placeholders."""
-        found = ids == self.placeholder
-        self.met = self.count(found)
-        if not self.hooked and not self.met:
+        if self.hooked:
+            self.looked_up = ids  # counted only if the backbone is given embeddings and no ids
+        elif not self.has_placeholders(ids):
             raise ConfigError(
                 f"The batch has no placeholder ({self.placeholder}) for the {self.n} virtual tokens of PTuning; only"
                 " transformers backbones get them put in front."
             )
-        return super().fill(self.numbered(ids, found))
+        return super().fill(self.numbered(ids))
 
-    def numbered(self, ids: Tensor, found: Tensor) -> Tensor:
+    def numbered(self, ids: Tensor) -> Tensor:
         """The ids, the i-th placeholder of each row as ``-1 - i``."""
+        found = ids == self.placeholder
         return torch.where(found, -found.cumsum(dim=-1), ids)
-
-    def count(self, found: Tensor) -> bool:
-        """Whether there are placeholders; raises unless there are n in every row."""
-        counts = found.sum(dim=-1).flatten()
-        wrong = (counts != self.n).nonzero().flatten().tolist()
-        if len(wrong) == len(counts) and not counts.any():
-            return False
-        if wrong:
-            raise ConfigError(
-                f"Row {wrong[0]} of the batch has {int(counts[wrong[0]])} placeholders (id {self.placeholder}), but"
-                f" PTuning(num_virtual_tokens={self.n}) needs {self.n} in every row, or none in the whole batch."
-            )
-        self.used = True
-        return True
 
     def wanted(self, states: Tensor) -> bool:
         """A batch with placeholders needs nothing put in front."""
+        ids, self.looked_up = self.looked_up, None
         if states.is_floating_point():
-            met, self.met = self.met, False
-            return not met
+            return ids is None or not self.has_placeholders(ids, exactly=True)
         return True
+
+    # ---- counting --------------------------------------------------------------------------------------------------
+    def has_placeholders(self, ids: Tensor, exactly: bool = False) -> bool:
+        """Whether there are placeholders; raises unless there are n in every row.
+
+        Args:
+            ids: rows of ids.
+            exactly: whether these very ids must be counted, whatever the first batch had.
+        """
+        noted = note_on(ids).get(self.placeholder)
+        if noted is not None:
+            return self.judged(noted)
+        if ids.device.type == "cpu":
+            return self.judged(self.counts(ids).tolist())
+        self.check_arrived()
+        remembers = self.training and torch.is_grad_enabled() and not exactly
+        if remembers and self.first_had is not None:
+            self.arriving.append(ArrivingCounts(self.counts(ids)))
+            return self.first_had
+        had = self.judged(self.counts(ids).cpu().tolist())
+        self.first_had = had if remembers else None
+        return had
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """Placeholders in each row."""
+        return (ids == self.placeholder).sum(dim=-1).flatten()
+
+    def judged(self, counts: list[int]) -> bool:
+        """Whether there are placeholders, by their numbers in the rows of a batch; raises for a wrong number."""
+        if not any(counts):
+            return False
+        for row, count in enumerate(counts):
+            if count != self.n:
+                raise ConfigError(
+                    f"Row {row} of the batch has {count} placeholders (id {self.placeholder}), but"
+                    f" PTuning(num_virtual_tokens={self.n}) needs {self.n} in every row, or none in the whole batch."
+                )
+        self.used = True
+        return True
+
+    def check_arrived(self) -> None:
+        """Raise if the counts of an earlier batch have arrived from the device and are not as expected."""
+        while self.arriving and (counts := self.arriving[0].values()) is not None:
+            self.arriving.pop(0)
+            wanted = self.n if self.first_had else 0
+            for row, count in enumerate(counts):
+                if count != wanted:
+                    raise ConfigError(
+                        f"Row {row} of an earlier batch has {count} placeholders (id {self.placeholder}); PTuning"
+                        f" (num_virtual_tokens={self.n}) took it to have {wanted}, as the first batch had. In a loop"
+                        " that brings its ids on the device all batches of a training run must be alike."
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"looked_up": None, "first_had": None, "arriving": []}
+
+
+class ArrivingCounts:
+    """Numbers on their way from a device to the CPU; nothing waits for them."""
+
+    def __init__(self, counts: Tensor) -> None:
+        # pages that the device can write to by itself; no count is negative, so these numbers show what is missing
+        self._host = torch.full(counts.shape, -1, dtype=counts.dtype, pin_memory=counts.is_cuda)
+        self._host.copy_(counts, non_blocking=True)
+
+    def values(self) -> list[int] | None:
+        """The numbers, or None while some are on their way."""
+        values = self._host.tolist()
+        return None if -1 in values else values
+
+
+def note_counts(model: nn.Module, batch: Any) -> dict[tuple, dict[int, list[int]]]:
+    """The placeholders in each row of the id tensors of a batch that is still on the CPU, by their places in it."""
+    tables = [m for m in model.modules() if isinstance(m, Placeholders)]
+    notes: dict[tuple, dict[int, list[int]]] = {}
+    for place, ids in id_tensors(batch):
+        if ids.device.type == "cpu":
+            notes[place] = {table.placeholder: table.counts(ids).tolist() for table in tables}
+    return notes
+
+
+def note_on(ids: Tensor) -> dict[int, list[int]]:
+    """What `note_counts` found in these ids, if they are still as they were."""
+    version, counts = getattr(ids, NOTE, (None, {}))
+    return counts if version == version_of(ids) else {}
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """A number that grows with each change in place; tensors made in inference mode have none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def id_tensors(batch: Any, place: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
+    """The tensors of whole numbers in a batch of mappings, lists and tuples, each with its place in it."""
+    if isinstance(batch, Tensor):
+        if batch.ndim and batch.dtype in (torch.int32, torch.int64):
+            yield place, batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for key, part in batch.items() if isinstance(batch, Mapping) else enumerate(batch):
+            yield from id_tensors(part, (*place, key))

@@ -32,7 +32,11 @@ class ShiftState(AdapterState):
 
 
 class ShiftedPositions(Adapted):
-    """A rotary embedding or a table of positions that sees every position ``n`` further on. It trains nothing."""
+    """A rotary embedding or a table of positions that sees every position ``n`` further on. It trains nothing.
+
+    Padded tokens keep the position that the model gives them, as they do beside a key-value cache of length ``n``:
+    the table's ``padding_idx`` in RoBERTa and its relatives, -1 in OPT.
+    """
 
     _adapter: ShiftState
 
@@ -51,14 +55,17 @@ class ShiftedPositions(Adapted):
             tokens = bound["inputs_embeds"] if tokens is None else tokens
             self._check_room(getattr(tokens, "shape", tokens)[1] + past)
         else:
-            bound[names[0]] = self._later(bound[names[0]])
+            bound[names[0]] = self._later(bound[names[0]], padding=getattr(self, "padding_idx", None))
         return self._base_forward(**bound)
 
-    def _later(self, positions: Tensor) -> Tensor:
-        """The positions, moved on."""
+    def _later(self, positions: Tensor, padding: int | None = None) -> Tensor:
+        """The positions, moved on; those of padded tokens (below zero, or equal to ``padding``) stay."""
         known = positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling()
         self._check_room(int(positions.max()) + 1 if known else positions.shape[-1])  # looking costs a wait elsewhere
-        return positions + self._adapter.n
+        padded = positions < 0
+        if padding is not None:
+            padded = padded | (positions == padding)
+        return torch.where(padded, positions, positions + self._adapter.n)
 
     def _check_room(self, length: Any) -> None:
         """Raise where a table has no row for the last position."""

@@ -57,7 +57,8 @@ class VirtualTokens(AdapterState):
         """Embeddings of ids, of which negative ones stand for virtual tokens."""
         out = self.embedding._base_forward(ids.clamp(min=0))
         vectors = self.embedding.delta.vectors().to(out.dtype)
-        virtual = nn.functional.embedding((-1 - ids).clamp(min=0), vectors)
+        # an id beyond the vectors is an error that may be found late: until then it must not stop the device
+        virtual = nn.functional.embedding((-1 - ids).clamp(min=0, max=self.n - 1), vectors)
         return torch.where((ids < 0).unsqueeze(-1), virtual, out)
 
     # ---- hooks on the backbone -------------------------------------------------------------------------------------

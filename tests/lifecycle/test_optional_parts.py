@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -154,9 +156,12 @@ def test_trainability_names_what_stands_still(tmp_path):
 
 
 def test_trainability_skips_warm_up_steps(tmp_path):
-    """Steps with a learning rate of zero are no steps: five of them, then three real ones."""
+    """Steps with a learning rate of zero are no steps: five of them, with gradients of zero, then three real ones."""
 
     class Warm(Sgd):
+        def training_step(self, batch, index):
+            return super().training_step(batch, index) * float(self.global_step >= 5)
+
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= 5))
@@ -164,35 +169,93 @@ def test_trainability_skips_warm_up_steps(tmp_path):
 
     check = TrainabilityCheck()
     trainer(tmp_path, PEFT(LoRA()), check, max_epochs=3).fit(Warm(), plain_loader())
-    assert set(check._steps.values()) == {3}
+    assert not check._watched, "every tensor was judged"
 
 
-def test_trainability_waits_for_steps_larger_than_rounding(tmp_path):
-    """A long warm-up starts with steps that weights of 1 cannot show; a rate that stays as small is an error."""
+class Faint(Sgd):
+    """Gradients so small that A does not move at first: its step is lost in rounding while B is near zero."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) * 3e-4
+
+
+def moved_after(steps: int, tmp_path, module: Sgd) -> set[str]:
+    """Which trainable tensors plain gradient descent has changed after so many steps."""
+    seen = {}
+
+    class Values(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.update({n: p.detach().clone() for n, p in pl_module.named_parameters() if p.requires_grad})
+
+    trainer(tmp_path, PEFT(LoRA()), Values(), max_epochs=-1, max_steps=steps).fit(module, plain_loader())
+    tensors = dict(module.named_parameters())
+    return {n for n, old in seen.items() if not torch.equal(tensors[n], old)}
+
+
+def test_trainability_lets_small_steps_of_gradient_descent_pass(tmp_path):
+    """A moves later than in the third step; it had its gradient by then, and nothing is said."""
+    names = {f"net.{i}.delta.lora_{f}" for i in (0, 2) for f in "AB"}
+    assert moved_after(3, tmp_path, Faint()) != names, "else this test shows nothing"
+    assert moved_after(50, tmp_path, Faint()) == names
+    check = TrainabilityCheck()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*have not moved")
+        run = trainer(tmp_path, PEFT(LoRA()), check, max_epochs=-1, max_steps=60)
+        run.fit(Faint(), plain_loader())
+    assert run.global_step == 60 and not check._watched
+
+
+def test_trainability_names_what_never_moved_in_fifty_steps(tmp_path):
+    """A warning where other tensors move, an error where none does; a rate that still rises is given its time."""
 
     class Slow(Sgd):
-        still = False
+        rate, rising = 1e-8, False
 
         def configure_optimizers(self):
-            optimizer = torch.optim.Adam(
-                [p for p in self.parameters() if p.requires_grad], lr=1e-8 if self.still else 1e-5
-            )
+            optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.rate)
             schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: 1.0 if self.still else (step + 1) / 1000
+                optimizer, lambda step: (step + 1) / 100_000 if self.rising else 1.0
             )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    for still in (False, True):
-        module, check = Slow(), TrainabilityCheck()
-        module.still = still
-        module.net[0].weight.data.fill_(1.0)
-        run = trainer(tmp_path, PEFT(FullFineTuning()), check, max_epochs=6)
-        if still:
-            with pytest.raises(TrainingError, match=r"no movement.*too small for their dtype"):
-                run.fit(module, plain_loader())
-        else:
-            run.fit(module, plain_loader())
-            assert set(check._steps.values()) == {3}
+    def fit(rate: float, rising: bool = False, steps: int = 60) -> int:
+        module = Slow()
+        module.rate, module.rising = rate, rising
+        with torch.no_grad():
+            module.net[0].weight.fill_(1.0)
+            module.net[2].bias.zero_()  # every step shows here
+        run = trainer(tmp_path, PEFT(FullFineTuning()), TrainabilityCheck(), max_epochs=-1, max_steps=steps)
+        run.fit(module, plain_loader())
+        return run.global_step
+
+    named = r"of 4 trainable tensors have not moved in 50 optimizer steps.*: net.0.weight"
+    with pytest.warns(UserWarning, match=named):
+        assert fit(1e-8) == 60
+    with pytest.raises(TrainingError, match=r"4 of 4.*have not moved in 50.*too small for their dtype"):
+        fit(1e-50)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*have not moved")
+        fit(1e-8, steps=49)
+        fit(1e-3, rising=True)
+
+
+def test_trainability_names_a_frozen_head_of_zeros(tmp_path):
+    """torchvision's ViT starts with one: no gradient passes it, and the adapters before it are not to blame."""
+
+    class ZeroHead(Sgd):
+        def __init__(self):
+            super().__init__()
+            nn.init.zeros_(self.net[2].weight)
+
+    wanted = r"2 of 2.*\(no non-zero gradient\).*weights of 2 are all zero and frozen.*LoRA\(modules_to_save=\['2'\]\)"
+    with pytest.raises(TrainingError, match=wanted):
+        trainer(tmp_path, PEFT(LoRA(target_modules="0")), TrainabilityCheck()).fit(ZeroHead(), plain_loader())
+    method = LoRA(target_modules="0", modules_to_save=["2"])
+    trainer(tmp_path, PEFT(method), TrainabilityCheck()).fit(ZeroHead(), plain_loader())
 
 
 def test_trainability_patterns_must_match(tmp_path):
@@ -209,7 +272,7 @@ def test_trainability_skips_steps_the_scaler_skipped(tmp_path):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
     check = TrainabilityCheck()
     trainer(tmp_path, PEFT(LoRA()), check, max_epochs=3, plugins=plugin).fit(Overflow(), plain_loader())
-    assert set(check._steps.values()) == {3}
+    assert not check._watched, "every tensor was judged"
 
 
 DDP_SCRIPT = """

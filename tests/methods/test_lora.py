@@ -159,6 +159,8 @@ def test_dropout_only_while_training():
         ({"init": "zeros"}, r"LoRA\(init='zeros'\): choose one of kaiming"),
         ({"bias": "some"}, "choose one of none, all, lora_only"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"q": 0}}, r"alpha_pattern={'q': 0}.*would add nothing.*exclude_modules='q'"),
+        ({"alpha_pattern": {"q": -1.0}}, "must be at least 0.0"),
         ({"lr_ratio": 0.5}, "lr_ratio must be at least 1"),
     ],
 )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from lightning_peft import (
     PEFT,
@@ -21,6 +22,7 @@ from lightning_peft import (
     NoMatchError,
     PrefixTuning,
     PromptTuning,
+    PTuningV2,
     adapter_state_dict,
     disabled,
     inject,
@@ -33,7 +35,7 @@ from lightning_peft.methods.prefix_tuning import part_of
 from lightning_peft.prompting.attention import PrefixedConfig
 from lightning_peft.prompting.prefix import PrefixedAttention, ProjectedPrefix
 from tests.golden_case import Golden
-from tests.grid import GENERATORS, GRID, OTHERS, greedy, padded_alone
+from tests.grid import GENERATORS, GRID, OTHERS, TEXT, greedy, padded_alone
 from tests.models import Foreign, loader, trainer
 
 
@@ -205,6 +207,42 @@ def test_a_shift_is_a_later_row_of_the_positions(name):
     model = kind.make()
     inject(model, PrefixTuning(3, init_std=1.0))
     assert not torch.allclose(kind.output(model), outputs["shift"], atol=1e-3)
+
+
+def numbered(name: str, batch: dict[str, torch.Tensor], n: int) -> torch.Tensor:
+    """The positions that transformers gives to a batch behind ``n`` cached tokens."""
+    if name == "roberta":
+        return RobertaEmbeddings.create_position_ids_from_input_ids(batch["input_ids"], 0, n)
+    mask = batch["attention_mask"]
+    return (mask.cumsum(1) + n) * mask - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("roberta", PrefixTuning(3, positions="shift")),
+        ("roberta", PTuningV2(3)),
+        ("opt", PrefixTuning(3, positions="shift")),
+    ],
+    ids=["roberta", "roberta, PTuningV2", "opt"],
+)
+def test_a_shift_leaves_padded_tokens_where_transformers_leaves_them(name, method):
+    """RoBERTa puts them at ``padding_idx``, OPT at -1, with and without a cache."""
+    if name == "roberta":
+        model = transformers.RobertaModel(transformers.RobertaConfig(**TEXT, pad_token_id=0)).eval()
+    else:
+        options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 36, "vocab_size": 61}
+        config = transformers.OPTConfig(**options, word_embed_proj_dim=32, max_position_embeddings=64)
+        model = transformers.OPTModel(config).eval()
+    plain, batch = copy.deepcopy(model), GRID["bert"].batch()
+    embedded = {"output_hidden_states": True, "use_cache": False}
+    expected = plain(**batch, position_ids=numbered(name, batch, 3), **embedded).hidden_states[0]
+    unmoved = plain(**batch, **embedded).hidden_states[0]
+    inject(model, method)
+    moved = model(**batch, **embedded).hidden_states[0]
+    torch.testing.assert_close(moved, expected)
+    padded = batch["attention_mask"] == 0
+    assert padded.any() and torch.equal(moved[padded], unmoved[padded])
 
 
 @pytest.mark.parametrize("positions", ["keep", "shift"])
