@@ -26,7 +26,8 @@ class TrainingError(PEFTError):
 
 
 class WriteError(PEFTError, OSError):
-    """A file could not be written (disk full, read-only folder); what was there before is untouched."""
+    """A file could not be written (disk full, read-only folder). What was there before is there again, or the message
+    says where it is."""
 
     def __str__(self) -> str:
         return str(self.args[-1])

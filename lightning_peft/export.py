@@ -32,7 +32,8 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     """Write the merged network: a ``from_pretrained`` folder for a transformers model, else ``model.safetensors``.
 
     The model itself stays as it is. A base in few bits is loaded once more, in floats, from where it came: nothing is
-    rounded to few bits again. All is written to a temporary folder, then moved into place: half an export never shows.
+    rounded to few bits again. Everything is first written to a temporary folder. A new folder then appears at once; in
+    one that exists the files are exchanged, and until the last of them is there it has no ``config.json``.
 
     Args:
         model: an adapted LightningModule or network.
@@ -43,7 +44,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     Raises:
         MergeError: the method does not merge, or the float base of a quantised model cannot be found.
         PEFTError: ``directory`` is a file.
-        WriteError: the disk is full or the folder cannot be written.
+        WriteError: the disk is full or the folder cannot be written; an earlier export in it is as it was.
 
     >>> import os, tempfile
     >>> from torch import nn

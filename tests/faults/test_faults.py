@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
+import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -22,6 +25,7 @@ from lightning_peft import (
     LoRA,
     WriteError,
     adapter_state_dict,
+    export_peft,
     inject,
     load_adapter,
     save_adapter,
@@ -30,7 +34,7 @@ from lightning_peft import (
 from lightning_peft.replacing import replacing, replacing_folder, sweep
 from tests.contract.battery import same, shake
 from tests.faults.fuzz import fuzz
-from tests.faults.kill import TEMPORARY, kill
+from tests.faults.kill import TEMPORARY, in_child, kill
 from tests.faults.workload import Net, rows
 from tests.models import trainer
 
@@ -93,6 +97,18 @@ def test_full_disk(small_disk, tmp_path):
     load_adapter(Net(256).net, small_disk / "a.safetensors")
 
 
+def test_a_full_disk_leaves_the_earlier_export(small_disk):
+    net, place = big(), small_disk / "merged"
+    save_merged(net, place)
+    kept = (place / "model.safetensors").read_bytes()
+    shake(net)
+    for export in (save_merged, export_peft):
+        with pytest.raises(WriteError, match=r"No space left on device. Nothing that was there is lost; free some"):
+            export(net, place)
+        assert [p.name for p in place.iterdir()] == ["model.safetensors"]
+        assert (place / "model.safetensors").read_bytes() == kept
+
+
 def test_read_only_folder(tmp_path, monkeypatch):
     net = big()
     save_adapter(net, tmp_path / "a.safetensors")
@@ -101,7 +117,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    for function in ("os.replace", "tempfile.mkstemp"):
+    for function in ("os.replace", "tempfile.mkdtemp"):
         with monkeypatch.context() as patch:
             patch.setattr(function, refuse)
             with pytest.raises(WriteError, match=r"Read-only file system.*a folder that you may change"):
@@ -119,6 +135,90 @@ def test_checkpoints_need_no_other_folder(tmp_path, monkeypatch):
     assert (tmp_path / "a.ckpt").stat().st_mode & 0o044
 
 
+@pytest.mark.parametrize("write", [save_adapter, save_merged, export_peft])
+def test_every_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch, write):
+    """safetensors writes a file of its own and renames it: that one is to be flushed, not the one it replaces."""
+    flushed = set()
+    fsync = os.fsync
+
+    def watched(handle):
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    for _ in range(2):
+        write(big(), tmp_path / "a")
+        for path in (tmp_path, *tmp_path.rglob("*")):
+            assert path.stat().st_ino in flushed, path
+
+
+def test_a_save_that_is_killed_leaves_nothing_that_is_not_swept(tmp_path):
+    """The system kills the process when its file grows over a limit: in the midst of the write by safetensors."""
+
+    def killed():
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        save_adapter(net, tmp_path / "a.safetensors")
+
+    net = big()
+    assert in_child(killed) == -signal.SIGXFSZ
+    (left,) = tmp_path.iterdir()
+    os.utime(left, (time.time() - 3600,) * 2)
+    save_adapter(net, tmp_path / "a.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+#: three and four bytes a letter; with ".safetensors" 252 and 255 bytes, of the 255 that a name may have
+LONG = {"three bytes": "長" * 80, "four bytes": "🦙" * 60 + "abc"}
+
+
+@pytest.mark.parametrize("stem", LONG.values(), ids=list(LONG))
+def test_names_as_long_as_the_file_system_allows(tmp_path, stem):
+    """The file system counts bytes, not letters."""
+    net, path = big(), tmp_path / f"{stem}.safetensors"
+    save_adapter(net, path)
+    load_adapter(Net(256).net, path)
+    run = trainer(tmp_path, PEFT(LoRA(r=64)), max_steps=1)
+    run.fit(Net(256), rows())
+    run.save_checkpoint(tmp_path / f"{stem}.ckpt")
+    load_adapter(Net(256), tmp_path / f"{stem}.ckpt")
+    for write in (save_merged, export_peft):
+        for _ in range(2):
+            write(net, tmp_path / f"{stem}.folder")
+    with pytest.raises(WriteError, match=r"File name too long.*give a shorter name"):
+        save_adapter(net, tmp_path / f"{stem}long.safetensors")
+    assert not left_over(tmp_path)
+
+
+def test_a_file_system_without_permissions(tmp_path, monkeypatch):
+    """Some mounted ones refuse to change any; that is no reason to lose a checkpoint."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    net = big()
+    save_adapter(net, tmp_path / "a.safetensors")
+    load_adapter(Net(256).net, tmp_path / "a.safetensors")
+    for write in (save_merged, export_peft):
+        write(net, tmp_path / write.__name__)
+    run = trainer(tmp_path, PEFT(LoRA(r=64)), max_steps=1)
+    run.fit(Net(256), rows())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    load_adapter(Net(256), tmp_path / "a.ckpt")
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    earlier = os.umask(0o027)
+    try:
+        for write in (save_adapter, save_merged, export_peft):
+            write(big(), tmp_path / write.__name__)
+    finally:
+        os.umask(earlier)
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640)
+
+
 def test_left_overs_are_swept(tmp_path):
     """What a killed process left goes with the next write; what is being written, or is young, stays."""
     dead, folder, young = (tmp_path / f".{name}.x{TEMPORARY}" for name in ("a", "b", "c"))
@@ -130,7 +230,8 @@ def test_left_overs_are_swept(tmp_path):
     for place in (dead, folder, other):
         os.utime(place, (old, old))
     with replacing(tmp_path / "d") as temporary:
-        os.utime(temporary, (old, old))
+        (workshop,) = set(left_over(tmp_path)) - {young}
+        os.utime(workshop, (old, old))
         sweep(tmp_path)
         temporary.write_text("done")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([young.name, other.name, "d"])
