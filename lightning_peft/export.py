@@ -43,7 +43,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
 
     Raises:
         MergeError: the method does not merge, or the float base of a quantised model cannot be found.
-        PEFTError: ``directory`` is a file.
+        PEFTError: ``directory`` is a file, or holds an adapter for peft.
         WriteError: the disk is full or the folder cannot be written; an earlier export in it is as it was.
 
     >>> import os, tempfile
@@ -55,8 +55,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     """
     _, _, root = require(model)
     target = Path(directory).expanduser()
-    if target.is_file():
-        raise PEFTError(f"save_merged: {target} is a file; give a folder.")
+    check_target(target, root)
     merged = plain_copy(root)
     with replacing_folder(target) as temporary:
         if hasattr(merged, "save_pretrained"):
@@ -66,6 +65,18 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
             _add_tokenizer(temporary, tokenizer, str(getattr(merged.config, "_name_or_path", "") or ""))
         else:
             save_model(merged, str(temporary / "model.safetensors"))
+
+
+def check_target(target: Path, root: nn.Module) -> None:
+    """Raise PEFTError if the merged network cannot be written to a path, or could not be loaded from there."""
+    if target.is_file():
+        raise PEFTError(f"{target} is a file; give a folder.")
+    # transformers looks for an adapter first, and takes the base from where that came
+    if hasattr(root, "save_pretrained") and (target / "adapter_config.json").exists():
+        raise PEFTError(
+            f"{target} holds an adapter for peft (adapter_config.json), and from_pretrained would load that onto the"
+            " merged model. Give another folder."
+        )
 
 
 def _forget_packing(merged: Any) -> None:

@@ -16,7 +16,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft import (
+    PEFT,
     LoRA,
+    MergeOnFitEnd,
+    PEFTError,
     WriteError,
     export_peft,
     import_peft,
@@ -26,7 +29,7 @@ from lightning_peft import (
 from lightning_peft.replacing import replacing_folder
 from tests.contract.battery import shake
 from tests.faults.kill import TEMPORARY, in_child
-from tests.models import bert, logits
+from tests.models import Foreign, bert, loader, logits, trainer
 
 #: a sharded export of some years ago, and a file of the user's own
 EARLIER = {
@@ -242,6 +245,18 @@ def test_only_weights_of_the_same_kind_are_replaced(tmp_path):
     export_peft(adapted(0), tmp_path)
     assert (tmp_path / "model.safetensors").read_text() == (tmp_path / "config.json").read_text() == "mine"
     assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "adapter_model.bin").exists()
+
+
+def test_a_merged_model_is_not_written_beside_an_adapter_for_peft(tmp_path):
+    """`from_pretrained` would load that adapter onto the merged model."""
+    export_peft(adapted(0), tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(PEFTError, match=r"holds an adapter for peft .* Give another folder"):
+        save_merged(adapted(0), tmp_path)
+    callbacks = [PEFT(LoRA(r=2)), MergeOnFitEnd("last", str(tmp_path))]
+    with pytest.raises(PEFTError, match=r"holds an adapter for peft .* Give another folder"):
+        trainer(tmp_path / "run", *callbacks, max_steps=1).fit(Foreign(), loader("bert"))
+    assert before == {p: p.read_bytes() for p in tmp_path.iterdir() if p.name != "run"}
 
 
 def test_a_folder_is_not_replaced_by_a_file(earlier):
