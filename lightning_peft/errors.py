@@ -17,6 +17,13 @@ class CheckpointError(PEFTError):
     """A saved adapter does not fit the model, or is no adapter at all."""
 
 
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """There is no file or folder at the path of a checkpoint or adapter."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])
+
+
 class MergeError(PEFTError):
     """Merging is impossible for this method, or in this state of the model."""
 
@@ -26,7 +33,8 @@ class TrainingError(PEFTError):
 
 
 class WriteError(PEFTError, OSError):
-    """A file could not be written (disk full, read-only folder); what was there before is untouched."""
+    """A file could not be written (disk full, read-only folder). What was there before is there again, or the message
+    says where it is."""
 
     def __str__(self) -> str:
         return str(self.args[-1])

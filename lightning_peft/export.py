@@ -32,7 +32,8 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     """Write the merged network: a ``from_pretrained`` folder for a transformers model, else ``model.safetensors``.
 
     The model itself stays as it is. A base in few bits is loaded once more, in floats, from where it came: nothing is
-    rounded to few bits again. All is written to a temporary folder, then moved into place: half an export never shows.
+    rounded to few bits again. Everything is first written to a temporary folder. A new folder then appears at once; in
+    one that exists the files are exchanged, and until the last of them is there it has no ``config.json``.
 
     Args:
         model: an adapted LightningModule or network.
@@ -42,8 +43,8 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
 
     Raises:
         MergeError: the method does not merge, or the float base of a quantised model cannot be found.
-        PEFTError: ``directory`` is a file.
-        WriteError: the disk is full or the folder cannot be written.
+        PEFTError: ``directory`` is a file, or holds an adapter for peft.
+        WriteError: the disk is full or the folder cannot be written; an earlier export in it is as it was.
 
     >>> import os, tempfile
     >>> from torch import nn
@@ -54,8 +55,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     """
     _, _, root = require(model)
     target = Path(directory).expanduser()
-    if target.is_file():
-        raise PEFTError(f"save_merged: {target} is a file; give a folder.")
+    check_target(target, root)
     merged = plain_copy(root)
     with replacing_folder(target) as temporary:
         if hasattr(merged, "save_pretrained"):
@@ -65,6 +65,18 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
             _add_tokenizer(temporary, tokenizer, str(getattr(merged.config, "_name_or_path", "") or ""))
         else:
             save_model(merged, str(temporary / "model.safetensors"))
+
+
+def check_target(target: Path, root: nn.Module) -> None:
+    """Raise PEFTError if the merged network cannot be written to a path, or could not be loaded from there."""
+    if target.is_file():
+        raise PEFTError(f"{target} is a file; give a folder.")
+    # transformers looks for an adapter first, and takes the base from where that came
+    if hasattr(root, "save_pretrained") and (target / "adapter_config.json").exists():
+        raise PEFTError(
+            f"{target} holds an adapter for peft (adapter_config.json), and from_pretrained would load that onto the"
+            " merged model. Give another folder."
+        )
 
 
 def _forget_packing(merged: Any) -> None:

@@ -1,7 +1,15 @@
-"""Files and folders that are never half-written under their final name, whenever the process is killed.
+"""Files and folders that never appear half-written under their final name, even if the process is killed.
 
-Everything is written to a hidden name beside the final one (``.NAME.XXXXXXXX.lightning_peft.tmp``) and renamed. The
-writer holds a lock on it, so what a killed process left behind is known, and goes with the next write into the folder.
+Everything is first written into a workshop: a hidden folder on the file system of the target, named
+``.NAME.XXXXXXXX.lightning_peft.tmp``. From there it is renamed. A library that makes temporary files of its own
+(safetensors does) makes them in the workshop as well, so they never lie about elsewhere. A workshop holds:
+
+``lock``
+    locked by the writer, so that the next write can tell a workshop in use from one that a killed process left behind
+``new``
+    what is being written
+``old``
+    the files of an earlier export, while they are being exchanged for the new ones
 """
 
 from __future__ import annotations
@@ -10,130 +18,299 @@ import errno
 import os
 import re
 import shutil
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lightning_peft.errors import WriteError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked, so nothing is swept
+except ImportError:  # Windows: nothing can be locked, so nothing is swept
     fcntl = None
 
 _SUFFIX = ".lightning_peft.tmp"
-_YOUNG = 60.0  # seconds in which a file may have been made and not be locked yet
-#: what makes a folder loadable: taken away first and put back last where an earlier export is replaced
+_LOCK, _NEW, _OLD = "lock", "new", "old"
+_YOUNG = 60.0  # seconds: a workshop may be this old before its writer has locked it
+_NAME_BYTES = 100  # of the final name, in the name of a workshop; file systems allow 255, some only 143
+#: the files without which no library loads the folder: removed first and put back last
 _MARKERS = ("config.json", "adapter_config.json")
-#: weights of an earlier export that would be found before, or beside, the new ones
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
+#: the names under which a library looks for the weights of a model, and of an adapter
+_WEIGHTS = (
+    (
+        *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+        *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+    ),
+    ("adapter_model.safetensors", "adapter_model.bin"),
+)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; rename it to ``path`` at the end, or remove it if anything fails.
+    """Yield a temporary path to write a file to; rename that file to ``path`` at the end.
+
+    If anything fails, the temporary file is removed, and what was at ``path`` is still there.
 
     Raises:
-        WriteError: the disk is full, the folder cannot be written, …; what was at ``path`` is still there.
+        WriteError: the disk is full, the folder cannot be written, …
     """
-    with _explained(path):
-        temporary, lock = _start(path, folder=False)
-        try:
-            yield temporary
-            _settle(temporary, lock)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-            _release(lock)
+    with _explained(path), _workshop(path.parent, path.name) as workshop:
+        temporary = workshop / _NEW / path.name
+        temporary.touch()  # a name that the file system does not take is refused before anything is written
+        yield temporary
+        _finish(workshop)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
 
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder; other files that stand in ``target`` stay there.
+    """Yield a temporary folder to write into; its files stand in ``target`` at the end.
 
-    A new folder appears at once. In one that holds an earlier export the files are exchanged one by one, and in
-    between it has no ``config.json``: it cannot be loaded, rather than be a mixture of two exports.
+    A folder that does not exist yet appears at once. One that exists may be a mount point, or may lie in a folder that
+    cannot be written, so it is never renamed: its files are exchanged one by one. Meanwhile it has no ``config.json``
+    (or ``adapter_config.json``), so that nobody loads a mixture of two exports. If anything fails, the earlier files
+    are put back. Other files in ``target`` stay.
+
+    Raises:
+        WriteError: the disk is full, the folder cannot be written, …; the message says what is in ``target``.
     """
     with _explained(target):
         if target.exists() and not target.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file; give a folder")
-        temporary, lock = _start(target, folder=True)
-        try:
-            yield temporary
-            for path in (temporary, *temporary.rglob("*")):  # safetensors writes files for the owner alone
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-            _move_in(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            _release(lock)
+            raise WriteError(errno.ENOTDIR, f"{target} could not be written: it is a file; give a folder.")
+        parent = target if target.is_dir() else target.parent
+        with _workshop(parent, target.name) as workshop:
+            yield workshop / _NEW
+            _finish(workshop)
+            if target.is_dir():
+                _exchange(workshop, target)
+                sweep(target, exchanged=True)
+            else:
+                os.replace(workshop / _NEW, target)
+            _flush_folder(parent)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a folder; files that a process still writes are locked and stay."""
-    for entry in folder.glob(f".*{_SUFFIX}") if fcntl is not None else ():
-        with suppress(OSError):
-            if time.time() - entry.stat().st_mtime < _YOUNG:
-                continue
-            handle = os.open(entry, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[union-attr]
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            finally:
-                os.close(handle)
+def under_way(folder: Path) -> bool:
+    """Whether files are being exchanged in a folder, or were when the process that did so was killed."""
+    return any(folder.glob(f".*{_SUFFIX}"))
 
 
-def _start(path: Path, *, folder: bool) -> tuple[Path, int | None]:
-    """A locked temporary file or folder beside ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
-    name = {"prefix": f".{path.name[:100]}.", "suffix": _SUFFIX, "dir": path.parent}
-    if folder:
-        made = tempfile.mkdtemp(**name)
-        handle = os.open(made, os.O_RDONLY) if fcntl is not None else None
-    else:
-        handle, made = tempfile.mkstemp(**name)
+def sweep(folder: Path, *, exchanged: bool = False) -> None:
+    """Remove the workshops that killed processes left in a folder; those that are in use are locked, and stay.
+
+    A process that was killed during an exchange leaves files of an earlier export in its workshop. They stay as well,
+    until another export has been ``exchanged`` for them.
+    """
     if fcntl is None:
-        _release(handle)  # an open file cannot be renamed there
-        return Path(made), None
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
-    return Path(made), handle
-
-
-def _settle(temporary: Path, lock: int | None) -> None:
-    """Bring the bytes to the disk: some file systems report that it is full only now."""
-    temporary.chmod(0o666 & ~_umask())
-    if lock is not None:
-        os.fsync(lock)
-
-
-def _release(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
-
-
-def _move_in(temporary: Path, target: Path) -> None:
-    if not target.exists() or not (target.is_symlink() or any(target.iterdir())):
-        if target.exists():
-            target.rmdir()
-        os.replace(temporary, target)
         return
-    new = sorted((p.name for p in temporary.iterdir()), key=lambda name: (name in _MARKERS, name))
-    stale = {p.name for pattern in _WEIGHTS for p in target.glob(pattern)} - set(new)
-    for name in [*_MARKERS, *sorted(stale)]:
-        if name in new or name in stale:
-            (target / name).unlink(missing_ok=True)
-    for name in new:
+    for entry in folder.glob(f".*{_SUFFIX}"):
+        with suppress(OSError):
+            young = time.time() - entry.stat().st_mtime < _YOUNG
+            if not young and (exchanged or not _keeps_old(entry)):
+                _remove_unlocked(entry)
+
+
+def _remove_unlocked(entry: Path) -> None:
+    """Remove a workshop, or raise OSError if a process holds its lock."""
+    locked = entry / _LOCK
+    if not locked.exists():  # killed before it made its lock
+        locked = entry
+    handle = os.open(locked, os.O_RDONLY if locked.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[union-attr]
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _workshop(parent: Path, name: str) -> Iterator[Path]:
+    """Make a workshop in ``parent``, lock it, and remove it in the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent)
+    workshop = Path(tempfile.mkdtemp(prefix=f".{_beginning(name)}.", suffix=_SUFFIX, dir=parent))
+    lock = None
+    try:
+        (workshop / _NEW).mkdir()
+        (workshop / _OLD).mkdir()
+        lock = _locked(workshop / _LOCK)
+        yield workshop
+    finally:
+        if lock is not None:
+            os.close(lock)
+        if not _keeps_old(workshop):
+            shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _beginning(name: str) -> str:
+    """The beginning of a file name. File systems limit the bytes of a name, and a letter may take four of them."""
+    start = os.fsencode(name)[:_NAME_BYTES]
+    return start.decode(sys.getfilesystemencoding(), "ignore")  # without a letter that was cut in two
+
+
+def _locked(path: Path) -> int | None:
+    """Make a file and lock it, where that can be done. Returns the handle that holds the lock."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if fcntl is None:
+        os.close(handle)
+        return None
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _keeps_old(workshop: Path) -> bool:
+    """Whether files of an earlier export are in a workshop."""
+    old = workshop / _OLD
+    return old.is_dir() and any(old.iterdir())
+
+
+def _finish(workshop: Path) -> None:
+    """Bring the new files to the disk, and give them the usual permissions."""
+    # safetensors writes files that only their owner may read. The lock was made with the permissions that the umask,
+    # or the folder, gives to every new file.
+    mode = stat.S_IMODE((workshop / _LOCK).stat().st_mode)
+    for path in (workshop / _NEW).rglob("*"):
+        if path.is_dir():
+            _flush_folder(path)
+        else:
+            _flush(path)  # some file systems report only now that the disk is full
+            with suppress(OSError):  # some mounted file systems have no permissions to change
+                path.chmod(mode)
+    _flush_folder(workshop / _NEW)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    flags = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what is open for writing
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every system can
+        _flush(folder)
+
+
+def _exchange(workshop: Path, target: Path) -> None:
+    """Put the new files into a folder that exists already; if that fails, put the earlier ones back."""
+    new = workshop / _NEW
+    written = [str(path.relative_to(new)) for path in new.rglob("*") if not path.is_dir()]
+    written.sort(key=_is_marker)  # the markers last
+    with _alone_in(target):
+        replaced = _stale(written, target)
+        replaced += [name for name in written if os.path.lexists(target / name)]
+        replaced.sort(key=_is_marker, reverse=True)  # the markers first
+        _refuse_folders(replaced, target)
+        if len(written) == 1 and replaced in ([], written):
+            # One file is exchanged by one renaming: a reader finds the earlier one, and then the new one.
+            os.replace(new / written[0], target / written[0])
+            return
+        try:
+            _move_away(replaced, workshop, target)
+            _move_in(written, workshop, target)
+        except BaseException as error:
+            _put_back(written, replaced, workshop, target, error)
+            raise
+    shutil.rmtree(workshop / _OLD, ignore_errors=True)
+
+
+def _refuse_folders(names: list[str], target: Path) -> None:
+    for name in names:
         if (target / name).is_dir():
-            shutil.rmtree(target / name)
-        os.replace(temporary / name, target / name)
+            raise WriteError(
+                errno.EISDIR,
+                f"{target} could not be written: {target / name} is a folder, and a file of the export has that name."
+                " Nothing has changed; move that folder away, or write elsewhere.",
+            )
+
+
+def _is_marker(name: str) -> bool:
+    return name in _MARKERS
+
+
+def _stale(written: list[str], target: Path) -> list[str]:
+    """The earlier weights that would be loaded in place of the new ones, or together with them."""
+    found = set()
+    for patterns in _WEIGHTS:
+        if any(fnmatchcase(name, pattern) for name in written for pattern in patterns):
+            for pattern in patterns:
+                found.update(path.name for path in target.glob(pattern))
+    return sorted(found.difference(written))
+
+
+def _move_away(replaced: list[str], workshop: Path, target: Path) -> None:
+    for name in replaced:
+        kept = workshop / _OLD / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(target / name, kept)
+    _flush_folder(target)  # the disk too must see the marker go before the new weights come
+
+
+def _move_in(written: list[str], workshop: Path, target: Path) -> None:
+    for name in written:
+        if _is_marker(name):
+            _flush_folder(target)  # and must see the weights before the marker
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(workshop / _NEW / name, target / name)
+
+
+def _put_back(written: list[str], replaced: list[str], workshop: Path, target: Path, cause: BaseException) -> None:
+    """Undo `_move_in` and `_move_away` as far as they came, which the places of the files tell.
+
+    ``shutil.move`` copies where a file cannot be renamed.
+
+    Raises:
+        WriteError: that failed as well; the message says what is where.
+    """
+    new, old = workshop / _NEW, workshop / _OLD
+    try:
+        for name in reversed(written):
+            if not os.path.lexists(new / name):
+                shutil.move(target / name, new / name)
+        for name in reversed(replaced):
+            if os.path.lexists(old / name):
+                shutil.move(old / name, target / name)
+    except OSError as error:
+        text = f"{target} could not be written: {cause}. "
+        if _keeps_old(workshop):
+            text += (
+                f"Its earlier files could not be put back either ({error}). They are in {old}; move them to {target}."
+            )
+        else:
+            text += f"Some files of the unfinished export are in it and could not be removed ({error})."
+        raise WriteError(error.errno, text) from cause
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process exchanges files in a folder: two at once would leave a mixture."""
+    handle = None
+    with suppress(OSError):  # Windows cannot open folders, and some file systems have no locks
+        handle = os.open(folder, os.O_RDONLY)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """One sentence for what the system says, whichever library met it."""
+    """Raise one sentence for what the system reports, whichever library met it."""
     try:
         yield
     except WriteError:
@@ -142,8 +319,8 @@ def _explained(path: Path) -> Iterator[None]:
         number = _number(error)
         if number is None:
             raise
-        reason = os.strerror(number) if not isinstance(error, NotADirectoryError) else str(error.strerror)
-        raise WriteError(number, f"{path} could not be written: {reason}. {_way_out(number)}") from error
+        text = f"{path} could not be written: {os.strerror(number)}. {_way_out(number)}"
+        raise WriteError(number, text) from error
 
 
 def _number(error: Exception) -> int | None:
@@ -159,11 +336,9 @@ def _number(error: Exception) -> int | None:
 
 def _way_out(number: int) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "Nothing that was there is lost; free some space, or write elsewhere."
-    return "Nothing that was there is lost; write into a folder that you may change."
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        advice = "free some space, or write elsewhere"
+    elif number == errno.ENAMETOOLONG:
+        advice = "give a shorter name"
+    else:
+        advice = "write into a folder that you may change"
+    return f"Nothing that was there is lost; {advice}."

@@ -26,7 +26,7 @@ from lightning_peft.fingerprint import difference
 from lightning_peft.format1 import upgraded_section
 from lightning_peft.hollow import settle_base, waits
 from lightning_peft.sharding import unwrapped
-from lightning_peft.trainable import adapted_modules, adapter_names, find, require, required_names
+from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.verify import other_base, verify, verify_section
 
 _SAVE = "_peft_save"
@@ -94,8 +94,11 @@ def _tails(name: str) -> set[str]:
 
 
 def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    if find(module) is None:
+    found = find(module)
+    if found is None:
         return
+    # inside `disabled` the module holds the base's own head, biases and statistics in place of the trained ones
+    refuse_disabled(found[0], "save")
     save = module.__dict__[_SAVE]
     if save == "trainable" and checkpoint.get("state_dict"):
         keep = set(adapter_names(module))

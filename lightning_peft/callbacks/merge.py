@@ -13,7 +13,7 @@ from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.callbacks.strategies import loads_late, readable
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
-from lightning_peft.export import float_base, save_merged
+from lightning_peft.export import check_target, float_base, save_merged
 from lightning_peft.files import near
 from lightning_peft.merging import merge, obstacle, packed_obstacle
 from lightning_peft.method import Method
@@ -49,7 +49,7 @@ class MergeOnFitEnd(L.Callback):
         if stage == "fit" and methods is not None:
             self._check(methods)
             self._check_strategy(trainer)
-            if self.dirpath and Path(self.dirpath).is_file():
+            if self.dirpath and Path(self.dirpath).expanduser().is_file():
                 raise ConfigError(f"MergeOnFitEnd(dirpath={self.dirpath!r}): that is a file; give a folder.")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,6 +57,8 @@ class MergeOnFitEnd(L.Callback):
         if find(pl_module) is None:
             raise MergeError("MergeOnFitEnd found no adapters. Add PEFT(LoRA(...)) to the Trainer's callbacks.")
         methods = require(pl_module)[0].methods
+        if self.dirpath:
+            check_target(Path(self.dirpath).expanduser(), require(pl_module)[2])
         if self.dirpath and any(not m.mergeable for m in methods):
             self._check(methods)
         if reason := obstacle(pl_module):

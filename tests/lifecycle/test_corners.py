@@ -106,6 +106,20 @@ def test_disabled_keeps_its_stored_values(tmp_path):
     assert torch.equal(net(x), base)
 
 
+@pytest.mark.parametrize("save", ["trainable", "full"])
+def test_no_checkpoint_is_written_while_the_adapters_are_switched_off(tmp_path, save):
+    """Inside `disabled` the head has the values it had before training; a checkpoint would keep those."""
+    module = Plain()
+    run = trainer(tmp_path, PEFT(LoRA(target_modules="0", modules_to_save="3"), save=save))
+    run.fit(module, plain_loader())
+    trained = {n: t.clone() for n, t in adapter_state_dict(module).items()}
+    with disabled(module), pytest.raises(PEFTError, match="save inside `with disabled"):
+        run.save_checkpoint(tmp_path / "off.ckpt")
+    assert list(tmp_path.glob("*off*")) == [] and same(trained, adapter_state_dict(module))
+    run.save_checkpoint(tmp_path / "on.ckpt")
+    assert same(trained, adapter_state_dict(load_from_checkpoint(Plain(), tmp_path / "on.ckpt")))
+
+
 def test_two_callbacks_and_foreign_patches(tmp_path):
     with pytest.raises(ConfigError, match="two PEFT callbacks"):
         trainer(tmp_path, PEFT(LoRA(target_modules="0")), PEFT(LoRA(target_modules="3"))).fit(Plain(), plain_loader())
