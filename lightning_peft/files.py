@@ -25,6 +25,7 @@ from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import locate as locate
 from lightning_peft.replacing import replacing
 from lightning_peft.sections import verify_finite, verify_keys, verify_section
+from lightning_peft.untrusted import settle_parameters
 
 
 def near(path: str | os.PathLike) -> str:
@@ -128,7 +129,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
-    """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values."""
+    """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values.
+
+    Constructor arguments in it come without the options that choose code.
+    """
     try:
         zipped = _is_zip(path)
         if zipped:
@@ -137,7 +141,9 @@ def load_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) ->
             _check_pickle(path.read_bytes())
         else:
             raise pickle.UnpicklingError("it starts like neither a zip archive nor a pickle")
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+        settle_parameters(content)
+        return content
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
 

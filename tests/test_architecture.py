@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
-    ["paths", "header"],
+    ["paths", "header", "untrusted"],
     ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
     ["match", "bottleneck.sites"],

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from lightning_peft.errors import CheckpointError
 from lightning_peft.header import completed
 from lightning_peft.paths import ADAPTER, SECTION
+from lightning_peft.untrusted import short
 
 _LONGEST = 100_000_000  # bytes of a safetensors header, as the format allows
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -106,12 +107,12 @@ def _header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _peft(place: Path) -> Peek:
     try:
-        config = json.loads((place / "adapter_config.json").read_text())
+        config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
         weights = place / "adapter_model.safetensors"
         tensors = _header(weights)[0] if weights.is_file() else {}
         return Peek(place, tensors, None, {"peft": dict(config)})
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {short(error)}") from None
 
 
 def _checkpoint(path: Path) -> Peek:

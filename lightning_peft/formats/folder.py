@@ -16,6 +16,7 @@ from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import load_checkpoint, locate
 from lightning_peft.method import Method
 from lightning_peft.replacing import replacing_folder
+from lightning_peft.untrusted import short, without_code
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TUNER, PROMPT = "base_model.model.", "base_model."
@@ -100,11 +101,11 @@ def read_folder(path: str | os.PathLike) -> Folder:
         ours = " load_adapter reads files of ours." if place.exists() else ""
         raise CheckpointError(f"{place} {what}: import_peft reads folders written by peft.{ours}")
     try:
-        config = json.loads((place / CONFIG).read_text())
+        config = without_code(json.loads((place / CONFIG).read_text(encoding="utf-8")))
         kind = config["peft_type"]
         tensors = load_file(place / WEIGHTS) if (place / WEIGHTS).is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {short(error)}") from None
     if tensors is None:
         if not (place / OLD_WEIGHTS).is_file():
             raise CheckpointError(f"{place} holds no {WEIGHTS}; the adapter's tensors are missing.")
