@@ -75,7 +75,7 @@ LAYERS = [
     ["compare.comparison"],
     ["compare.table", "compare.plots"],
     ["cli.configs", "cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek", "cli.bar"],
-    ["cli.base", "cli.inspect"],
+    ["cli.base", "cli.inspect", "cli.found"],
     ["cli.export", "cli.merge"],
     ["cli.run"],
     ["cli.compare"],

