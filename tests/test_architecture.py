@@ -46,7 +46,7 @@ LAYERS = [
     ["formats.peft"],
     ["formats"],
     ["export"],
-    ["callbacks.best", "callbacks.driving", "callbacks.checkpoint_io"],
+    ["callbacks.best", "callbacks.driving", "callbacks.checkpoint_io", "callbacks.kept_files"],
     ["callbacks.strategies"],
     ["callbacks.moving", "callbacks.checks", "callbacks.resuming"],
     ["callbacks.hooks"],
