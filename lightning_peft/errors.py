@@ -1,8 +1,29 @@
 """The errors a user can meet. Each message names the fact, the value given and the way out."""
 
 
+def printable(text: str) -> str:
+    """A text with its control characters, and those that turn the direction of writing, spelled out.
+
+    Files name their own tensors, modules and classes. Such a name must not move the cursor, colour the screen or
+    show its letters in another order.
+
+    >>> printable("a\\u202eb\\x1b[2J"), printable("ä😀\\n")
+    ('a\\\\u202eb\\\\x1b[2J', 'ä😀\\n')
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    letters = []
+    for letter in text:
+        plain = letter.isprintable() or letter in "\n\t"
+        letters.append(letter if plain else letter.encode("unicode_escape").decode())
+    return "".join(letters)
+
+
 class PEFTError(Exception):
     """Base of every error raised on purpose by lightning_peft."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(PEFTError, ValueError):
@@ -37,4 +58,4 @@ class WriteError(PEFTError, OSError):
     says where it is."""
 
     def __str__(self) -> str:
-        return str(self.args[-1])
+        return printable(str(self.args[-1]))

@@ -103,7 +103,8 @@ def _add_tokenizer(folder: Path, tokenizer: Any, source: str) -> None:
         from transformers import AutoTokenizer
 
         with suppress(OSError, ValueError, KeyError, ImportError):
-            AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+            found = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            found.save_pretrained(folder)
 
 
 @contextmanager

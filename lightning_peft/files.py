@@ -27,6 +27,7 @@ from lightning_peft.paths import held, missing
 from lightning_peft.paths import locate as locate
 from lightning_peft.replacing import replacing
 from lightning_peft.sections import verify_finite, verify_keys, verify_section
+from lightning_peft.untrusted import settle_parameters
 
 
 def near(path: str | os.PathLike) -> str:
@@ -137,6 +138,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def load_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
     """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values.
 
+    Constructor arguments in it come without the options that choose code.
+
     Raises:
         CheckpointError: missing, broken or unsafe.
     """
@@ -158,7 +161,9 @@ def _load_torch(held_file: Path, path: Path, map_location: Any = "cpu", mmap: bo
             _check_pickle(held_file.read_bytes())
         else:
             raise pickle.UnpicklingError("it starts like neither a zip archive nor a pickle")
-        return torch.load(held_file, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+        content = torch.load(held_file, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+        settle_parameters(content)
+        return content
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
 

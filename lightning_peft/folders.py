@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
+from lightning_peft.untrusted import settle_parameters
 
 INDEX, REST = ".metadata", "meta.pt"
 _KNOWN = {
@@ -57,7 +58,9 @@ def read_index(path: Path) -> Any:
 def read_rest(path: Path) -> dict[str, Any]:
     """Everything in a folder's checkpoint but weights and optimizer states."""
     try:
-        return torch.load(path / REST, map_location="cpu", weights_only=True)
+        content = torch.load(path / REST, map_location="cpu", weights_only=True)
+        settle_parameters(content)
+        return content
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
         raise CheckpointError(f"{path / REST} cannot be read: {str(error).splitlines()[0][:120]}") from None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import inject_from
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import SECTION
+from lightning_peft.reload import rebuild
 from lightning_peft.task.batches import check_labels
 from lightning_peft.task.hyperparameters import check, numbered, plain_options, tidy, unstorable
 from lightning_peft.task.kinds import find_task
@@ -116,6 +118,21 @@ class TaskModule(L.LightningModule):
         given = isinstance(model, nn.Module)
         self.source = None if given else self.hparams["model"]
         self.model: Any = model if given else None
+
+    #: arguments that may be import paths, which a file does not choose, each with a test whether a value is one
+    import_fields: ClassVar[Mapping[str, Callable[[Any], bool]]] = {"loss": lambda value: isinstance(value, str)}
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> TaskModule:
+        """As `LightningModule.load_from_checkpoint`; nothing in the checkpoint chooses code.
+
+        Options such as ``trust_remote_code`` in it are left out, and import paths must lead to classes of torch,
+        lightning, torchmetrics, transformers or lightning_peft. What is given here as an argument is used as it is.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or names other code; the message says which argument to give.
+        """
+        return rebuild(cls, checkpoint_path, *args, **kwargs)
 
     # ---- building --------------------------------------------------------------------------------------------------
     def configure_model(self) -> None:
@@ -282,7 +299,7 @@ class TaskModule(L.LightningModule):
         self.tokenizer = self.tokenizer or getattr(self._data(), "tokenizer", None)
         name = self.hparams.get("tokenizer") or self.source
         if self.tokenizer is None and isinstance(name, str):
-            self.tokenizer = load_tokenizer(name)
+            self.tokenizer = load_tokenizer(name, bool(self.load_options.get("trust_remote_code")))
         if self.tokenizer is None and needed:
             raise ConfigError(f"{self.task.name} predictions need a tokenizer, {name!r} has none: give tokenizer=... .")
         return self.tokenizer

@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.utilities.cloud_io import _load
+from lightning.pytorch.core.saving import (
+    _ALLOWED_INSTANTIATORS,
+    _default_map_location,
+    _load_state,
+    load_hparams_from_tags_csv,
+    load_hparams_from_yaml,
+)
+from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
 from torch import Tensor
 
 from lightning_peft.callbacks.hooks import install
 from lightning_peft.checkpoint import adapter_state_dict, fitting_whole, inject_from, load_adapter, make_way
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import load_checkpoint, locate, read
 from lightning_peft.folders import as_file
 from lightning_peft.trainable import find
+from lightning_peft.untrusted import (
+    check_functions,
+    known_class,
+    only_known_imports,
+    settle_parameters,
+    short,
+    with_known_classes,
+    without_places,
+)
 
 Module = TypeVar("Module", bound=L.LightningModule)
+Built = TypeVar("Built", bound=L.LightningModule | L.LightningDataModule)
 
 
 def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.PathLike, **kwargs: Any) -> Module:
@@ -39,10 +60,10 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
         CheckpointError: the checkpoint does not fit; nothing is half-loaded silently.
     """
     with as_file(locate(path)) as file:
-        return _load(cls_or_module, file, kwargs)
+        return _from_file(cls_or_module, file, kwargs)
 
 
-def _load(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[str, Any]) -> Module:
+def _from_file(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[str, Any]) -> Module:
     state, info = read(file)  # one clear error for a plain, broken or unsafe file before anything is built
     if isinstance(cls_or_module, L.LightningModule):
         if kwargs:
@@ -78,15 +99,149 @@ def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:
     if kwargs.pop("strict", True) is not True:
         raise PEFTError("strict=False would hide missing adapter tensors; the frozen weights may be missing anyway.")
     kwargs.setdefault("map_location", "cpu")
-    try:
-        with warnings.catch_warnings():  # strict=False warns of the frozen weights; the strict load follows
-            warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
+    with warnings.catch_warnings():  # strict=False warns of the frozen weights; the strict load follows
+        warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
+        if _loads_in_its_own_way(kind):
             return kind.load_from_checkpoint(file, strict=False, **kwargs)
-    except TypeError as error:
-        if "__init__() missing" not in str(error):
-            raise
+        return rebuild(kind, file, strict=False, **kwargs)
+
+
+def _loads_in_its_own_way(kind: type) -> bool:
+    """Whether the user's class has a ``load_from_checkpoint`` of its own."""
+    owner = next(base for base in kind.__mro__ if "load_from_checkpoint" in vars(base))
+    return owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning", "lightning_peft")
+
+
+# ---- from constructor arguments in a file --------------------------------------------------------------------------
+def rebuild(
+    kind: type[Built],
+    path: Any,
+    map_location: Any = None,
+    hparams_file: str | os.PathLike | None = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **kwargs: Any,
+) -> Built:
+    """Build a module or data module as its ``load_from_checkpoint`` does, where nothing in the file chooses code.
+
+    Args:
+        kind: the class to build.
+        path: a checkpoint; an open file or a URL is read with ``weights_only=True`` unless told otherwise.
+        map_location: as for `torch.load`.
+        hparams_file: constructor arguments that replace the stored ones, in a file that the user trusts.
+        strict: whether all weights must be there; the module's own choice by default.
+        weights_only: False lets a file unpickle anything, which can run code.
+        kwargs: constructor arguments that replace or complete the stored ones.
+
+    Raises:
+        CheckpointError: the stored arguments name code that is not loaded, or do not build the class.
+    """
+    content = _read(path, map_location or _default_map_location, weights_only)
+    if hparams_file is not None:
+        content.pop(kind.CHECKPOINT_HYPER_PARAMS_KEY, None)
+    _settle_arguments(kind, content, str(path), kwargs)
+    if hparams_file is not None:
+        load = load_hparams_from_tags_csv if str(hparams_file).endswith(".csv") else load_hparams_from_yaml
+        content[kind.CHECKPOINT_HYPER_PARAMS_KEY] = load(hparams_file)
+    stored = content.setdefault(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    stored.update(kwargs)
+    made_by_parser = "_instantiator" in stored
+    options = {"strict": strict} if issubclass(kind, L.LightningModule) else {}
+    try:
+        with only_known_imports(_named(kind, kwargs)) if made_by_parser else nullcontext():
+            built = _load_state(kind, content, **options, **kwargs)
+    except PEFTError:
+        raise
+    except Exception as error:
+        _explain(kind, path, error, made_by_parser)
+        raise
+    if isinstance(built, L.LightningModule):
+        device = next((t.device for t in content["state_dict"].values() if isinstance(t, Tensor)), None)
+        built = built.to(device) if device is not None else built
+    return built
+
+
+def _read(path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+    """The content of a checkpoint, in the form that this version of Lightning writes."""
+    is_local = isinstance(path, (str, os.PathLike)) and ("://" not in str(path) or str(path).startswith("pkg://"))
+    if is_local and weights_only is not False:
+        content = load_checkpoint(locate(path), map_location, mmap=False)
+    else:
+        content = _load(path, map_location=map_location, weights_only=weights_only is not False)
+        settle_parameters(content)
+    try:
+        return _pl_migrate_checkpoint(content, path if is_local else None)
+    except Exception as error:  # a version or a part that is not what it says
+        raise CheckpointError(f"{path} is no checkpoint of Lightning, or a damaged one: {short(error)}") from error
+
+
+def _settle_arguments(kind: type[Any], content: dict[str, Any], where: str, given: Mapping[str, Any]) -> None:
+    """Make sure, in place, that stored arguments import nothing but classes of known packages."""
+    ours = hasattr(kind, "import_fields")  # TaskModule and the data modules; others' arguments are their own affair
+    for key in (kind.CHECKPOINT_HYPER_PARAMS_KEY, "hparams", "module_arguments"):
+        if key not in content:
+            continue
+        stored = {name: value for name, value in content[key].items() if name not in given}
+        if "_instantiator" in stored:
+            _settle_instantiator(kind, stored, where)
+            for name in stored.keys() - {"_instantiator", "_class_path"}:
+                way_out = f"Give it in the call: load_from_checkpoint(…, {name}=…)."
+                stored |= with_known_classes({name: stored[name]}, where, way_out)
+        if ours:
+            check_functions(kind, stored, where, "Give it in the call: load_from_checkpoint(…, NAME=…).")
+            stored = without_places(stored)
+        content[key] = stored
+
+
+def _settle_instantiator(kind: type[Any], stored: dict[str, Any], where: str) -> None:
+    """LightningCLI notes which function builds the module, and of which class it was."""
+    builder = stored["_instantiator"]
+    if builder not in _ALLOWED_INSTANTIATORS:
+        raise CheckpointError(
+            f"{where} names the function {short(repr(builder), 120)} to build the module with, which is not called"
+            " because it could be any code. Build the module yourself, then load_adapter(module, path)."
+        )
+    path = stored.get("_class_path")
+    if path is None or _is_the_class(path, kind):
+        return
+    way_out = "If you trust it, call load_from_checkpoint of that class."
+    named = known_class(path, f"{where}: the class", way_out)
+    if not issubclass(named, kind):
+        raise CheckpointError(f"{where} was written by a {named.__name__}, not by a {kind.__name__}. {way_out}")
+    stored["_class_path"] = f"{named.__module__}.{named.__qualname__}"
+
+
+def _is_the_class(path: Any, kind: type) -> bool:
+    """Whether an import path means the class that the user has named; nothing is imported to find out."""
+    module, _, name = str(path).rpartition(".")
+    return getattr(sys.modules.get(module), name, None) is kind
+
+
+def _named(kind: type, given: Mapping[str, Any]) -> list[str]:
+    """The packages that the user names in the call, in which jsonargparse may import."""
+    found = [kind.__module__.split(".")[0]]
+    waiting: list[Any] = list(given.values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+        elif isinstance(value, str) and "." in value and value.split(".")[0].isidentifier():
+            found.append(value.split(".")[0])
+    return [name for name in found if name != "jsonargparse"]
+
+
+def _explain(kind: type, path: Any, error: Exception, made_by_parser: bool) -> None:
+    """Say what a constructor complains of, where the file is to blame rather than the user's class."""
+    if "__init__() missing" in str(error):
         raise PEFTError(
             f"{error}. The checkpoint does not hold it; give it: load_from_checkpoint(…, NAME=…)."
+        ) from error
+    if made_by_parser or hasattr(kind, "import_fields"):
+        raise CheckpointError(
+            f"{path}: its hyper-parameters do not build a {kind.__name__}: {short(error)} Give other ones:"
+            " load_from_checkpoint(…, NAME=…)."
         ) from error
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_peft.errors import CheckpointError
 from lightning_peft.format1 import FORMAT_VERSION
 from lightning_peft.paths import SECTION
+from lightning_peft.untrusted import short as short
 
 _SHAPE = {
     "network": str,
@@ -78,12 +79,6 @@ def verify_finite(state: Mapping[str, Tensor], where: str) -> None:
             f"{where} holds NaN or infinite values in {some(broken)}: the training diverged, or the file is damaged."
             " Take an earlier checkpoint."
         )
-
-
-def short(text: object, length: int = 300) -> str:
-    """A text from a file, which may be of any length and hold anything, for a message of one line."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= length else f"{line[:length]}…"
 
 
 def some(names: Collection[str], count: int = 4) -> str:

@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
-    ["paths", "header", "bytecode", "format1"],
+    ["paths", "header", "bytecode", "format1", "untrusted"],
     ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
     ["match", "bottleneck.sites"],
@@ -45,7 +45,7 @@ LAYERS = [
     ["formats.peft"],
     ["formats"],
     ["export"],
-    ["callbacks.best", "callbacks.driving", "callbacks.checkpoint_io"],
+    ["callbacks.best", "callbacks.driving", "callbacks.checkpoint_io", "callbacks.kept_files"],
     ["callbacks.strategies"],
     ["callbacks.moving", "callbacks.checks", "callbacks.resuming"],
     ["callbacks.hooks"],
@@ -74,7 +74,7 @@ LAYERS = [
     ["compare.comparison"],
     ["compare.table", "compare.plots"],
     ["cli.configs", "cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek", "cli.bar"],
-    ["cli.base", "cli.inspect"],
+    ["cli.base", "cli.inspect", "cli.found"],
     ["cli.export", "cli.merge"],
     ["cli.run"],
     ["cli.compare"],

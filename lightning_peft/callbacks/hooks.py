@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_peft.callbacks.kept_files import settle_kept_files
 from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
 from lightning_peft.callbacks.resuming import take_resume
 from lightning_peft.callbacks.strategies import filters_itself, loads_late
@@ -154,9 +155,11 @@ def _resume(module: L.LightningModule) -> dict[str, Any]:
 
 def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Compare a checkpoint with the module before its values are loaded, and make way for them."""
+    trainer = module._trainer
+    if trainer is not None:  # what follows for a Trainer are the states of its callbacks
+        settle_kept_files(trainer, checkpoint)
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
-    trainer = module._trainer
     late = trainer is not None and loads_late(trainer)
     loaded = SECTION in checkpoint and "state_dict" not in checkpoint  # DeepSpeed has loaded the weights itself
     if loaded:

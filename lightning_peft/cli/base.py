@@ -14,7 +14,18 @@ from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import SECTION, load_checkpoint, locate, read
 from lightning_peft.task.kinds import find_task
 from lightning_peft.task.loading import explained, label_options, load, load_tokenizer, quiet, resolve
+from lightning_peft.untrusted import short, without_code, without_places
 from lightning_peft.verify import verify_section
+
+#: the constructor arguments that are read from a file, and their types
+_MODEL = {
+    "model": (Mapping, str),
+    "task": (str,),
+    "model_kwargs": (Mapping,),
+    "label_names": (list,),
+    "tokenizer": (Mapping, str),
+}
+_DATA = {"data": (Mapping, str), "tokenizer": (Mapping, str)}
 
 
 class Opened(NamedTuple):
@@ -38,7 +49,7 @@ def open_adapter(path: str, base: str | None) -> Opened:
     """
     state, info = read(path)
     verify_section(info, path)
-    record = _record(locate(path), str(info["base"].get("source") or ""))
+    record = _record(path, str(info["base"].get("source") or ""))
     given = record["model"]
     source = base or given.get("model") or info["base"].get("source")
     if not source:
@@ -52,16 +63,16 @@ def open_adapter(path: str, base: str | None) -> Opened:
 
 def _build(path: str, source: Any, given: Mapping[str, Any], state: Mapping[str, Tensor], info: Any) -> nn.Module:
     """The base, in the precision it had; never in few bits: what is merged or exported is computed in floats."""
-    options = dict(given.get("model_kwargs") or {})
+    options = {"trust_remote_code": False, **(given.get("model_kwargs") or {})}
     options.pop("quantization_config", None)
     options.setdefault("dtype", info["base"]["dtype"] or "float32")
     labels = given.get("label_names") or info.get("labels")  # the names it was trained with
     if isinstance(source, Mapping):
-        return load(source, find_task(given["task"]), labels, options)[0]
+        return load(source, find_task(given.get("task")), labels, options)[0]
     import transformers
 
     kind = getattr(transformers, info["base"]["class"], None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise PEFTError(
             f"{path}: its base is a {info['base']['class']}, which is no class of transformers, so it cannot be built"
             " here. In Python: load_adapter(network, path), then export_peft or save_merged(network, folder)."
@@ -89,21 +100,53 @@ def _labels(labels: Any, state: Mapping[str, Tensor], info: Mapping[str, Any]) -
     return {"num_labels": rows[-1]} if rows else {}
 
 
-def _record(place: Path, source: str) -> dict[str, Any]:
-    """What the checkpoint remembers of model, data and results; else the config that fit saved beside it."""
+def _record(path: str, source: str) -> dict[str, Any]:
+    """What the checkpoint remembers of model, data and results; else the config that fit saved beside it.
+
+    Both may come from anywhere, so what they hold builds a model and chooses no code.
+    """
+    place = locate(path)
     record: dict[str, Any] = {"model": {}, "data": {}, "metrics": {}}
     if place.is_file() and place.suffix != ".safetensors":
         content = load_checkpoint(place)
         model = content.get("hyper_parameters") or {}
-        record["model"] = dict(model) if {"model", "task"} <= set(model) else {}
-        record["data"] = dict(content.get("datamodule_hyper_parameters") or {})
-        record["metrics"] = _metrics(content.get("callbacks") or {}, place)
-    config = _config(place)
-    model, data = ((config.get(part) or {}).get("init_args") or {} for part in ("model", "data"))
+        record["model"] = _arguments(model, _MODEL, path) if {"model", "task"} <= set(model) else {}
+        record["data"] = _arguments(content.get("datamodule_hyper_parameters") or {}, _DATA, path)
+        record["metrics"] = _metrics(content.get("callbacks"), place)
+    file, config = _config(place)
+    model, data = (_init_args(config, part) for part in ("model", "data"))
     if _fits(model, source):
-        record["model"] = record["model"] or dict(model)
-        record["data"] = record["data"] or dict(data)
+        record["model"] = record["model"] or _arguments(model, _MODEL, str(file))
+        record["data"] = record["data"] or _arguments(data, _DATA, str(file))
     return record
+
+
+def _init_args(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """The arguments of a class in a config; empty where the config is of another form."""
+    spec = config.get(part)
+    arguments = spec.get("init_args") if isinstance(spec, Mapping) else None
+    return arguments if isinstance(arguments, Mapping) else {}
+
+
+def _arguments(found: Mapping[str, Any], kinds: Mapping[str, tuple], where: str) -> dict[str, Any]:
+    """Those constructor arguments that are needed here.
+
+    Raises:
+        CheckpointError: one is of another type than it should be.
+    """
+    taken = {}
+    for name, kind in kinds.items():
+        value = found.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"{where}: {name}={short(repr(value), 120)} is damaged: it should be {kind[-1].__name__.lower()}."
+            )
+        taken[name] = without_places(without_code(value))
+    if "label_names" in taken:
+        taken["label_names"] = [str(name) for name in taken["label_names"]]
+    return taken
 
 
 def _fits(model: Mapping[str, Any], source: str) -> bool:
@@ -114,7 +157,8 @@ def _fits(model: Mapping[str, Any], source: str) -> bool:
     return Path(named).name == Path(source).name or Path(named).parent.name == Path(source).name
 
 
-def _config(place: Path) -> dict[str, Any]:
+def _config(place: Path) -> tuple[Path, dict[str, Any]]:
+    """The first ``config.yaml`` in the folder or above it."""
     import yaml
 
     for folder in (place if place.is_dir() else place.parent, place.parent, place.parent.parent):
@@ -122,19 +166,19 @@ def _config(place: Path) -> dict[str, Any]:
         if file.is_file():
             try:
                 config = yaml.safe_load(file.read_text())
-            except (yaml.YAMLError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
-            return config if isinstance(config, dict) else {}
-    return {}
+            except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+                raise CheckpointError(f"{file} cannot be read: {short(error, 200)}") from None
+            return file, config if isinstance(config, dict) else {}
+    return place, {}
 
 
-def _metrics(callbacks: Mapping[str, Any], place: Path) -> dict[str, float]:
+def _metrics(callbacks: Any, place: Path) -> dict[str, float]:
     """The monitored value of the best checkpoint, if this is it."""
     found = {}
-    for state in callbacks.values():
+    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if isinstance(state, Mapping) and Path(str(state.get("best_model_path") or "")).name == place.name:
             score = state.get("best_model_score")
-            if state.get("monitor") and isinstance(score, Tensor) and torch.isfinite(score):
+            if state.get("monitor") and isinstance(score, Tensor) and score.numel() == 1 and torch.isfinite(score):
                 found[str(state["monitor"])] = float(score)
     return found
 

@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from lightning_peft.untrusted import PACKAGES
+
 #: what a class_path may stand for where none is given
 _BASES = ("Method", "LightningModule", "LightningDataModule", "Callback", "Logger")
 
@@ -30,7 +32,7 @@ def explain(message: str, classes: Mapping[str, Sequence[str]], options: Mapping
     keys = re.findall(r'Parser key "([^"]+)"', message)
     key = ".".join(dict.fromkeys([keys[0], keys[-1]])) if keys else ""
     inner = message[message.rindex("Parser key") :] if keys else message  # the innermost of nested reports
-    for find in (_command, _class, _required, _option, _file):
+    for find in (_denied, _command, _class, _required, _option, _file):
         text = find(key, inner, message, classes, options)
         if text:
             return text
@@ -49,6 +51,18 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _denied(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:
+    """An import path in a config that nobody has asked for."""
+    denied = re.search(r"Importing '([^']+)' is not allowed", message)
+    if not denied:
+        return None
+    return (
+        f"{key}: the config beside the checkpoint names {denied[1]!r}. Of what a file names, only classes of"
+        f" {', '.join(PACKAGES)} are used, because anything else could run code. If you trust the file, give it"
+        " yourself with --config."
+    )
 
 
 def _command(key: str, inner: str, message: str, classes: Mapping, options: Mapping) -> str | None:

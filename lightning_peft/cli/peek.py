@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from lightning_peft.errors import CheckpointError
 from lightning_peft.header import completed
 from lightning_peft.paths import ADAPTER, SECTION, missing
+from lightning_peft.untrusted import short
 
 _LONGEST = 100_000_000  # bytes of a safetensors header, as the format allows
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -109,15 +110,15 @@ def _header(file: BinaryIO) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _peft(place: Path) -> Peek:
     try:
-        config = json.loads((place / "adapter_config.json").read_text())
+        config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
         weights = place / "adapter_model.safetensors"
         tensors: dict[str, Stored] = {}
         if weights.is_file():
             with weights.open("rb") as file:
                 tensors, _ = _header(file)
         return Peek(place, tensors, None, {"peft": dict(config)})
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {short(error)}") from None
 
 
 def _checkpoint(path: Path, file: BinaryIO) -> Peek:

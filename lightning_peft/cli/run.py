@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import lightning_peft.methods  # noqa: F401  (short names resolve once the class
 from lightning_peft.callbacks import PEFT, PredictionWriter
 from lightning_peft.cli.bar import Bar
 from lightning_peft.cli.configs import check_config
+from lightning_peft.cli.found import read_found
 from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
@@ -29,7 +32,7 @@ from lightning_peft.files import locate, read
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
 from lightning_peft.replacing import replacing
-from lightning_peft.sections import short
+from lightning_peft.untrusted import only_known_imports, short
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 _PREDICTIONS = "predictions.jsonl"
@@ -184,22 +187,42 @@ class PEFTCLI(LightningCLI):
 def run(words: list[str]) -> PEFTCLI:
     """Parse and run one of Lightning's commands."""
     sys.argv = ["lightning-peft", *words]  # Lightning and the loggers show the command from here
-    return PEFTCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=42,
-        parser_class=Parser,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        args=expand(words),
-    )
+    full, guard = expand(words), nullcontext()
+    if words[0] in ("validate", "test", "predict") and not any(w.split("=")[0] in ("-c", "--config") for w in words):
+        file = _beside(words)
+        if file is not None:
+            full[1:1] = ["--config", read_found(file)]
+            guard = only_known_imports(_packages_named(words))
+    with guard:
+        return PEFTCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=42,
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            args=full,
+        )
+
+
+def _packages_named(words: list[str]) -> list[str]:
+    """The packages whose classes the user names in the command itself: ``--trainer.callbacks+=my_package.Mine``."""
+    found = []
+    for before, word in pairwise(words):
+        option, equals, value = word.partition("=")
+        option, value = (option, value) if equals else (before, word)
+        is_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) is not None
+        # the name of a file reads like an import path, and the sender has chosen it
+        if is_path and not option.startswith("--ckpt_path") and not Path(value).exists():
+            found.append(value.split(".")[0])
+    return [name for name in found if name != "jsonargparse"]
 
 
 def expand(words: list[str]) -> list[str]:
-    """Find shipped configs from any folder, and the config that fit saved beside a checkpoint."""
+    """Find shipped configs from any folder."""
     found = list(words)
     for i, word in enumerate(found):
         name, separator, value = word.partition("=")
@@ -207,8 +230,6 @@ def expand(words: list[str]) -> list[str]:
             place = _config(value if separator else found[i + 1])
             check_config(place)
             found[i if separator else i + 1] = f"{name}={place}" if separator else place
-    if words[0] in ("validate", "test", "predict") and not any(w.split("=")[0] in ("-c", "--config") for w in words):
-        found[1:1] = _beside(words)
     return found
 
 
@@ -230,8 +251,8 @@ def _config(value: str) -> str:
     return place
 
 
-def _beside(words: list[str]) -> list[str]:
-    """The option for the config that fit wrote into the folder of the checkpoint or the one above."""
+def _beside(words: list[str]) -> Path | None:
+    """The config that fit wrote into the folder of the checkpoint or the one above; None without a checkpoint."""
     joined = [w.split("=", 1)[1] for w in words if w.startswith("--ckpt_path=")]
     apart = [b for a, b in pairwise(words) if a == "--ckpt_path"]
     for path in (locate(p) for p in joined + apart):
@@ -239,9 +260,9 @@ def _beside(words: list[str]) -> list[str]:
             read(path)  # says what is there
         for folder in (path.parent, path.parent.parent):
             if (folder / "config.yaml").is_file():
-                return ["--config", str(folder / "config.yaml")]
+                return folder / "config.yaml"
         raise PEFTError(f"No config.yaml lies beside {path}, where fit writes it; give --config FILE.")
-    return []
+    return None
 
 
 def _subclasses(kind: type) -> set[type]:

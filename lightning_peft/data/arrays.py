@@ -28,6 +28,17 @@ def from_npz(path: Path) -> dict[str, Dataset]:
         raise ConfigError(f"{path} cannot be read as npz: {error}") from None
 
 
+def is_function(name: Any) -> bool:
+    """Whether a source of data is the import path of a function, and no file.
+
+    >>> is_function("sklearn.datasets.load_digits"), is_function("images/train"), is_function(None)
+    (True, False, False)
+    """
+    if not isinstance(name, str) or "." not in name or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    return not Path(name).exists()
+
+
 def from_function(name: str) -> dict[str, Dataset]:
     """What an importable function returns: (images, labels), or a mapping as an npz file has it."""
     module, _, attribute = name.rpartition(".")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as L
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.data.labels import as_indices, as_names, need_column, vocabulary
@@ -15,6 +16,7 @@ from lightning_peft.data.loaders import BatchLoader, LengthGroupedBatches
 from lightning_peft.data.sources import split_name
 from lightning_peft.data.splits import carve, choose, first_of_each, size_of, take
 from lightning_peft.errors import ConfigError
+from lightning_peft.reload import rebuild
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +32,9 @@ class SplitDataModule(L.LightningDataModule, ABC):
     After ``setup``, ``label_names`` lists the classes in the order of their numbers (None where there are none). It
     is saved in every checkpoint and wins over the order found in the data when a checkpoint is loaded.
     """
+
+    #: arguments that may be import paths, which a file does not choose, each with a test whether a value is one
+    import_fields: ClassVar[Mapping[str, Callable[[Any], bool]]] = {}
 
     #: set by subclasses in __init__, see TextDataModule
     data: Any
@@ -54,6 +59,15 @@ class SplitDataModule(L.LightningDataModule, ABC):
         self._raw: dict[str, Dataset] = {}
         self._ready: dict[str, Dataset] = {}
         self._names_given = False
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> SplitDataModule:
+        """As `LightningDataModule.load_from_checkpoint`; nothing in the checkpoint chooses code.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or names a function; the message says which argument to give.
+        """
+        return rebuild(cls, checkpoint_path, *args, **kwargs)
 
     def _take_fields(self, given: Mapping[str, Any]) -> None:
         """Fields of the constructor become attributes of the same names."""

@@ -6,13 +6,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.data.arrays import from_function, from_npz
+from lightning_peft.data.arrays import from_function, from_npz, is_function
 from lightning_peft.data.base import SplitDataModule
 from lightning_peft.data.loaders import Step
 from lightning_peft.data.sources import file_tables
@@ -59,6 +59,7 @@ class ImageDataModule(SplitDataModule):
 
     label_column = "label"
     group_by_length = False
+    import_fields: ClassVar = {"data": is_function, "predict_data": is_function}
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class ImageDataModule(SplitDataModule):
     def read(self, data: Any) -> dict[str, Dataset]:
         """Raw rows by split: files, or pixels as bytes."""
         place = locate(data)
-        if not place.exists() and "." in data and all(part.isidentifier() for part in data.split(".")):
+        if is_function(data):
             return from_function(data)
         return from_npz(place) if place.suffix == ".npz" and place.exists() else file_tables(place, SUFFIXES)
 

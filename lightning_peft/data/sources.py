@@ -150,6 +150,8 @@ def _why(error: Exception) -> str:
 def _hub(data: str, load_kwargs: Mapping[str, Any] | None, cache_dir: str | None) -> dict[str, Dataset]:
     import datasets
 
+    if data == "pandas":  # a reader that datasets brings along, as it does "csv"
+        raise ConfigError("data='pandas' reads pickles, which can run code. Save the table as csv or parquet.")
     try:
         found = datasets.load_dataset(data, cache_dir=cache_dir, **load_kwargs or {})
     except Exception as error:  # network, missing id, missing config name: many kinds

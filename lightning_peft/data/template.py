@@ -12,6 +12,8 @@ from lightning_peft.errors import ConfigError
 
 #: stands for a virtual token in tokenised rows until the method's placeholder is known
 VIRTUAL = -1
+#: no model takes as many virtual tokens in one place; a number is made into a list of that length
+_MOST = 100_000
 _PLACE = re.compile(r"\{(?:prompt:(\d+)|(mask))\}")
 
 
@@ -37,11 +39,26 @@ class Fields:
 
     @classmethod
     def parse(cls, template: str) -> Fields:
-        """A template, or a part of one without columns."""
+        """A template, or a part of one without columns.
+
+        Only the syntax is that of `str.format`. A field is the name of a column, which is looked up in the row and made
+        a text; it reaches no attribute and no element of a value.
+        """
+        pieces = []
         try:
-            return cls(tuple((text, name) for text, name, _, _ in Formatter().parse(template)))
+            for text, name, form, conversion in Formatter().parse(template):
+                if form or conversion or name == "":
+                    spelled = (name or "") + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+                    raise ConfigError(
+                        f"template={template!r}: {{{spelled}}} is no column name. A column stands in braces by its name"
+                        " alone, for example {text}."
+                    )
+                pieces.append((text, name))
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"template={template!r}: {error}.") from None
+        return cls(tuple(pieces))
 
     @property
     def columns(self) -> list[str]:
@@ -78,7 +95,10 @@ class Places:
         for found in _PLACE.finditer(template):
             if found[2] and not cloze:
                 continue  # a column of this name
-            parts += [Fields.parse(template[end : found.start()]), int(found[1]) if found[1] else None]
+            count = int(found[1]) if found[1] else None
+            if count is not None and count > _MOST:
+                raise ConfigError(f"template={template!r}: {found[0]} asks for more than {_MOST:,} virtual tokens.")
+            parts += [Fields.parse(template[end : found.start()]), count]
             end = found.end()
         if cloze and parts.count(None) != 1:
             raise ConfigError(f"template={template!r}: a cloze task needs one {{mask}}, where the word is to be found.")

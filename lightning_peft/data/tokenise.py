@@ -46,9 +46,10 @@ def _from_source(source: str) -> Any:
 
     try:
         place = locate(source)
+        options: dict[str, Any] = {"trust_remote_code": False}  # without it transformers would ask at the terminal
         if place.suffix == ".gguf" and place.is_file():
-            return AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name)
-        return AutoTokenizer.from_pretrained(str(place) if place.exists() else source)
+            return AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name, **options)
+        return AutoTokenizer.from_pretrained(str(place) if place.exists() else source, **options)
     except (OSError, ValueError, KeyError, ImportError, PEFTError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".: ")
         raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.errors import printable
 from lightning_peft.formats.naming import task_of
 from lightning_peft.method import Method
 from lightning_peft.summary import size, summarize
@@ -153,4 +154,4 @@ def _results(metrics: Mapping[str, float] | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return printable(text.replace("|", "\\|").replace("\n", " "))

@@ -18,6 +18,7 @@ from lightning_peft.files import load_checkpoint, locate
 from lightning_peft.method import Method
 from lightning_peft.paths import held
 from lightning_peft.replacing import replacing_folder, under_way
+from lightning_peft.untrusted import short, without_code
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _ATTEMPTS, _PAUSE = 40, 0.05  # to read a folder that is being written, and the seconds between two of them
@@ -129,13 +130,13 @@ def _read(place: Path) -> Folder:
         )
     tensors = None
     try:
-        config = json.loads((place / CONFIG).read_text())
+        config = without_code(json.loads((place / CONFIG).read_text(encoding="utf-8")))
         kind = config["peft_type"]
         if (place / WEIGHTS).is_file():
             with held(place / WEIGHTS) as weights:
                 tensors = load_file(weights)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{place} is broken: {type(error).__name__}: {short(error)}") from None
     if tensors is None:
         if not (place / OLD_WEIGHTS).is_file():
             raise CheckpointError(f"{place} holds no {WEIGHTS}; the adapter's tensors are missing.")

@@ -180,7 +180,8 @@ def token_ids(text: str | list[int] | None, config: Any) -> list[int]:
 
     source = getattr(config, "_name_or_path", "")
     try:
-        ids = AutoTokenizer.from_pretrained(source, local_files_only=True)(text, add_special_tokens=False)["input_ids"]
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"PromptTuning(init_text={text!r}): no tokenizer in {source or 'a model built without from_pretrained'!r}."

@@ -13,6 +13,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning_peft.errors import ConfigError
 from lightning_peft.task.kinds import Task
 from lightning_peft.task.optimization import check_warmup
+from lightning_peft.untrusted import without_code
 
 
 def unstorable(arguments: Mapping[str, Any]) -> list[str]:
@@ -42,9 +43,9 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         value = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         value = value.to_dict() if hasattr(value, "to_dict") else value  # a quantisation config
-        if is_plain(value) and name != "trust_remote_code":
+        if is_plain(value):
             out[name] = value
-    return out
+    return without_code(out)
 
 
 def is_plain(value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
 from lightning_peft.heads import NEW, head_names, new_modules
 from lightning_peft.task.kinds import Task
@@ -40,14 +40,14 @@ def load(
     import transformers
 
     auto = getattr(transformers, task.auto)
-    options = {"dtype": torch.get_default_dtype(), **options}
+    options = {"dtype": torch.get_default_dtype(), "trust_remote_code": False, **options}
     if isinstance(source, Mapping):
         return _random(auto, source, task, labels, options), []
     place, extra = resolve(source)
     options = {**extra, **options, **label_options(task, labels)}
     with quiet(local=Path(place).exists()), explained(source, options):
         network, report = auto.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    return network.eval(), _describe(network, report, source, task, labels)
+    return network.eval(), _describe(network, report, source, task, labels, options["trust_remote_code"])
 
 
 def resolve(source: str) -> tuple[str, dict[str, str]]:
@@ -87,14 +87,14 @@ def label_names(network: nn.Module) -> list[str] | None:
     return [str(names[i]) for i in sorted(names)] if names else None
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to a source, or None if there is none."""
     from transformers import AutoTokenizer
 
     try:
         place, extra = resolve(source)
-        return AutoTokenizer.from_pretrained(place, **extra)
-    except (OSError, ValueError, ImportError, KeyError):
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
+    except Exception:  # a broken tokenizer fails in many ways, the library in Rust with plain exceptions
         return None
 
 
@@ -117,7 +117,9 @@ def _random(auto: Any, fields: Mapping[str, Any], task: Task, labels: Any, optio
     return network.eval()
 
 
-def _describe(network: nn.Module, report: Mapping[str, Any], source: str, task: Task, labels: Any) -> list[str]:
+def _describe(
+    network: nn.Module, report: Mapping[str, Any], source: str, task: Task, labels: Any, trust_remote_code: bool
+) -> list[str]:
     """Refuse what would train on noise; say what is new."""
     new, heads = new_modules(network), head_names(network)
     inside = [n for n, _ in network.named_parameters() if not _under(n, heads)]
@@ -137,17 +139,20 @@ def _describe(network: nn.Module, report: Mapping[str, Any], source: str, task: 
             " label_names=[...] or num_labels=N, or train with a data module that has label_names."
         )
     said = [f"New in {type(network).__name__}, not in {source}: {', '.join(new)}."] if new else []
-    return said + _other_labels(network, source, labels, heads & set(new))
+    return said + _other_labels(network, source, labels, heads & set(new), trust_remote_code)
 
 
-def _other_labels(network: nn.Module, source: str, labels: Any, new_heads: set[str]) -> list[str]:
+def _other_labels(
+    network: nn.Module, source: str, labels: Any, new_heads: set[str], trust_remote_code: bool
+) -> list[str]:
     """A trained head keeps its weights: names in another order would silently mean other classes."""
     if labels is None or new_heads:
         return []
     import transformers
 
     place, extra = resolve(source)
-    named: Any = transformers.AutoConfig.from_pretrained(place, **extra).id2label or {}
+    config: Any = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
+    named = config.id2label or {}
     theirs = [named[i] for i in sorted(named)]
     if theirs == list(labels) or all(n.startswith("LABEL_") for n in theirs):
         return []
@@ -180,8 +185,13 @@ def explained(source: Any, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn what goes wrong in ``from_pretrained`` into one error that says what was asked for."""
     try:
         yield
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, KeyError, NotImplementedError) as error:
-        given = ", ".join(f"{k}={v!r}" for k, v in options.items() if k not in ("id2label", "label2id"))
+    except PEFTError:
+        raise
+    except Exception as error:  # a configuration of any content fails anywhere in the library
+        untold = ["id2label", "label2id"]
+        if not options.get("trust_remote_code"):  # what is meant when nobody speaks of it
+            untold.append("trust_remote_code")
+        given = ", ".join(f"{k}={v!r}" for k, v in options.items() if k not in untold)
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"model={source!r} cannot be loaded with {given}: {reason} Give a hub id (with network, or cached),"

@@ -72,7 +72,9 @@ def test_measured_again_from_another_folder(quickstart, tmp_path, monkeypatch, c
     again = float(next(line.split("│")[2] for line in printed.splitlines() if "test_accuracy" in line))
     assert again == pytest.approx(accuracy, abs=1e-4)
     assert main(["predict", "--ckpt_path", checkpoint, "--trainer.logger", "false"]) == 0
-    rows = [json.loads(line) for line in Path("runs/quickstart/predictions.jsonl").read_text().splitlines()]
+    written = folder / "runs/quickstart/predictions.jsonl"  # in the run's folder, wherever the command is given
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert not list(tmp_path.iterdir())
     assert len(rows) == 20 and {"id", "text", "label", "score"} <= set(rows[0])
     merged = folder / "runs/quickstart/merged"
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)

@@ -126,3 +126,26 @@ def test_errors(table, encoder_tokenizer, decoder_tokenizer):
             word_ids(encoder_tokenizer, ["x", "y", "z"], verbalizer, spaced=True)
     with pytest.raises(ConfigError, match="reads nothing behind"):
         ready(table, decoder_tokenizer, **cloze | {"task": "causal-cloze", "template": "{a} {mask} {prompt:2}"})
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{text.__class__}", "no column 'text.__class__'"),
+        ("{text[0]}", r"no column 'text\[0\]'"),
+        ("{text.__class__.__mro__[1].__subclasses__}", "no column"),
+        ("{text!r}", r"{text!r} is no column name. A column stands in braces by its name alone"),
+        ("{text:>99999999}", r"{text:>99999999} is no column name"),
+        ("{text:{text}}", r"is no column name"),
+        ("{text} {}", r"{} is no column name"),
+        ("{prompt:999999999999} {text}", "asks for more than 100,000 virtual tokens"),
+    ],
+)
+def test_fields_are_names_of_columns_and_nothing_else(tmp_path, encoder_tokenizer, template, why):
+    """A template may come from a file: it reads columns, and no attribute of what is in them."""
+    rows = [{"text": row["a"], "label": row["label"]} for row in ROWS]
+    with pytest.raises(ConfigError, match=why):
+        data = TextDataModule(
+            str(write_csv(tmp_path / "rows.csv", rows)), template=template, tokenizer=encoder_tokenizer
+        )
+        data.setup("fit")

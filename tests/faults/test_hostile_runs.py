@@ -1,0 +1,255 @@
+"""Checkpoints, adapters and configs that want to run code, at every entry point; see `tests.faults.hostile_runs`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from lightning_peft import (
+    CheckpointError,
+    ConfigError,
+    ImageDataModule,
+    LoRA,
+    PEFTError,
+    TaskModule,
+    TextDataModule,
+    adapter_state_dict,
+    export_peft,
+    import_peft,
+    inject,
+    load_from_checkpoint,
+)
+from lightning_peft.checkpoint import section
+from lightning_peft.cli import main
+from lightning_peft.data.sources import read
+from lightning_peft.formats.folder import read_folder
+from lightning_peft.untrusted import known_class
+from tests.faults.hostile_runs import CASE, CONFIGS, EVIL, MODEL, PARAMETERS, Run, with_config, with_parameters
+from tests.task_cases import NAMES
+
+INSTANTIATOR = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One run, made once."""
+    return Run(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(autouse=True)
+def evil_can_be_imported(run, monkeypatch):
+    """The worst case: the sender's module lies where Python finds it."""
+    monkeypatch.syspath_prepend(str(run.place))
+    monkeypatch.chdir(run.place)
+    yield
+    run.marker.unlink(missing_ok=True)
+    for name in [n for n in sys.modules if n.split(".")[0] in (EVIL, "transformers_modules")]:
+        del sys.modules[name]
+
+
+def nothing_ran(run: Run) -> bool:
+    return not run.marker.exists() and EVIL not in sys.modules and "transformers_modules" not in sys.modules
+
+
+# ---- in this process ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_hyper_parameters_choose_no_code_of_a_command(run, tmp_path, capsys, verb, name):
+    path = with_parameters(run, PARAMETERS[name], tmp_path / "a.ckpt")
+    status = main([verb, str(path), str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert status in (0, 2) and (status == 0 or said.count("lightning-peft: error: ") == 1), said
+    assert nothing_ran(run)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_hyper_parameters_choose_no_code_of_a_reload(run, tmp_path, name):
+    path = with_parameters(run, PARAMETERS[name], tmp_path / "a.ckpt")
+    for load in (TaskModule.load_from_checkpoint, lambda p: load_from_checkpoint(TaskModule, p)):
+        try:
+            load(path)
+        except PEFTError as error:
+            assert "\n" not in str(error)
+        assert nothing_ran(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("import_path_of_the_loss", "loss names 'evil_module.function'. Of what a file names, only classes of torch, "),
+        ("class_path_of_the_optimizer", "optimizer names 'evil_module.Optimizer'."),
+        ("class_path_of_anything", "tokenizer names 'evil_module.Loss'."),
+        ("class_path_of_the_module", "the class names 'evil_module.Module'."),
+        ("callable_behind_a_torch_path", "optimizer names 'torch.serialization.os.system'."),
+        ("instantiator", "names the function 'evil_module.function' to build the module with, which is not called"),
+    ],
+)
+def test_a_refusal_names_the_path_and_the_way_out(run, tmp_path, name, said):
+    path = with_parameters(run, PARAMETERS[name], tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError) as refused:
+        TaskModule.load_from_checkpoint(path)
+    assert said in str(refused.value)
+    assert any(way in str(refused.value) for way in ("Give it in the call: ", "If you trust it, ", "Build the module"))
+
+
+def test_what_the_user_gives_replaces_what_the_file_names(run, tmp_path):
+    """An argument of this call is the user's own, even where the file names something else."""
+    path = with_parameters(run, PARAMETERS["import_path_of_the_loss"], tmp_path / "a.ckpt")
+    given = {"task": CASE.task, "label_names": NAMES}
+    module = TaskModule.load_from_checkpoint(path, loss=None, **given)
+    assert module.custom_loss is None and nothing_ran(run)
+    path = with_parameters(run, PARAMETERS["class_path_of_the_optimizer"], tmp_path / "a.ckpt")
+    module = TaskModule.load_from_checkpoint(path, optimizer=torch.optim.SGD, _instantiator=None)
+    assert module.optimizer_factory is torch.optim.SGD and nothing_ran(run)
+    path = with_parameters(run, PARAMETERS["remote_model"], tmp_path / "a.ckpt")
+    module = TaskModule.load_from_checkpoint(path, model_kwargs={"trust_remote_code": True}, model=MODEL)
+    assert module.load_options["trust_remote_code"] is True
+
+
+def test_any_module_is_built_without_the_permission(run, tmp_path):
+    """A user's own module takes the hyper-parameters of the file, but for those that let code run."""
+    parameters = {"width": 7, "trust_remote_code": True, "options": {"code_revision": "x", "kept": [{"auto_map": 1}]}}
+    net = Hungry(width=7)
+    inject(net, LoRA(r=2))
+    info = section(net) | {"save": "trainable"}
+    content = {"state_dict": adapter_state_dict(net), "lightning_peft": info, "hyper_parameters": parameters}
+    torch.save(content | {"pytorch-lightning_version": "2.6.6"}, tmp_path / "a.ckpt")
+    module = load_from_checkpoint(Hungry, tmp_path / "a.ckpt")
+    assert module.given == {"width": 7, "trust_remote_code": None, "options": {"kept": [{}]}}
+    module = load_from_checkpoint(Hungry, tmp_path / "a.ckpt", trust_remote_code=True)
+    assert module.given["trust_remote_code"] is True
+
+
+class Hungry(L.LightningModule):
+    """Takes a permission as an argument, as a user's module may."""
+
+    def __init__(self, width, trust_remote_code=None, options=None):
+        super().__init__()
+        self.given = {"width": width, "trust_remote_code": trust_remote_code, "options": options}
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Linear(width, 2))
+
+
+def test_the_configuration_of_peft_brings_no_code(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    inject(net, LoRA(r=2))
+    export_peft(net, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"auto_map": {"AutoModel": "x.X"}, "trust_remote_code": True}
+    file.write_text(json.dumps(config))
+    assert not {"auto_map", "trust_remote_code"} & set(read_folder(tmp_path).config)
+    fresh = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    fresh.load_state_dict({k.replace("base.", ""): v for k, v in net.state_dict().items() if "delta" not in k})
+    import_peft(fresh, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (ImageDataModule, {"data": f"{EVIL}.function"}),
+        (ImageDataModule, {"data": "images", "predict_data": f"{EVIL}.function"}),
+        (TextDataModule, {"data": "rows.csv", "tokenizer": {"class_path": f"{EVIL}.Loss"}, **INSTANTIATOR}),
+        (TextDataModule, {"data": "rows.csv", "tokenizer.class_path": f"{EVIL}.Loss", **INSTANTIATOR}),
+        (TextDataModule, {"data": "rows.csv", "load_kwargs": {"deep": [{"class_path": f"{EVIL}.X"}]}, **INSTANTIATOR}),
+    ],
+)
+def test_data_modules_take_no_code_from_a_checkpoint(run, tmp_path, kind, arguments):
+    torch.save(run.checkpoint | {"datamodule_hyper_parameters": arguments}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"load_from_checkpoint\(…, .*=…\)"):
+        kind.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert nothing_ran(run)
+
+
+def test_no_pickles_as_data():
+    with pytest.raises(ConfigError, match="reads pickles, which can run code"):
+        read("pandas", {"data_files": "x.pkl"})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("torch.hub.load", "torch.load", "torch.utils.data.dataloader.os.system", "torch.nn.functional.torch.load"),
+        *("lightning_peft.files.json", "torch.optim.optimizer.defaultdict", "torch.nn.Linear.__init__", "torch"),
+        *("lightning.pytorch.callbacks.LambdaCallback", "pytorch_lightninG.x.Y", "torch.nn.Linear\0", "", None, 3),
+        *("torch.package.PackageImporter", "torch.distributed.FileStore", "transformers.pipeline", "os.path.Foo"),
+        *("torch..nn", "torch.nn.", " torch.nn.Linear", "torch.nn.Linear:x", ["torch.nn.Linear"]),
+    ],
+)
+def test_paths_that_lead_elsewhere(path):
+    """Only a class that a known package defines, and of a kind that belongs into a config, is taken."""
+    with pytest.raises(CheckpointError, match="Of what a file names, only classes of"):
+        known_class(path, "a file", "Give another.")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_a_config_that_was_found_chooses_no_code(run, capsys, verb, name):
+    path = with_config(run, CONFIGS[name])
+    status = main([verb, "--ckpt_path", str(path)])
+    said = capsys.readouterr().err
+    assert status in (0, 2) and (status == 0 or said.count("lightning-peft: error: ") == 1), said
+    assert status == 0 or "Traceback" not in said
+    assert nothing_ran(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model_class", "config.yaml: model names 'evil_module.Module'. Of what a file names, only classes of torch, "),
+        ("method_class", "config.yaml: peft names 'evil_module.Module'."),
+        ("callback_class", "config.yaml: trainer.callbacks.0 names 'evil_module.Calls'."),
+        ("callback_that_calls", "trainer.callbacks.0 names 'lightning.pytorch.callbacks.LambdaCallback'."),
+        ("callback_by_name", "the config beside the checkpoint names 'evil_module.Calls'."),
+        ("loss_of_a_config", "config.yaml: model: loss names 'evil_module.function'."),
+        ("function_for_data", "config.yaml: data: data names 'evil_module.function'."),
+        ("config_in_a_config", "config.yaml: model should be a mapping of options."),
+        ("writing_elsewhere", "path='../elsewhere.csv' lies outside the run's folder"),
+        ("writing_above", "filename='../../x' lies outside the run's folder"),
+    ],
+)
+def test_a_refusal_of_a_found_config_names_the_way_out(run, capsys, name, said):
+    path = with_config(run, CONFIGS[name])
+    assert main(["test", "--ckpt_path", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "--config" in error, error
+    assert "If you trust" in error
+
+
+def test_a_config_that_is_given_is_obeyed(run, capsys):
+    """The same file with ``--config`` is the user's own."""
+    path = with_config(run, CONFIGS["callback_class"])
+    main(["test", "--ckpt_path", str(path), "--config", str(run.folder / "config.yaml")])
+    assert run.marker.exists()
+
+
+def test_a_class_that_the_user_names_is_imported_beside_a_found_config(run, capsys):
+    path = with_config(run)
+    main(["test", "--ckpt_path", str(path), f"--trainer.callbacks+={EVIL}.Calls"])
+    assert run.marker.exists()
+    capsys.readouterr()
+
+
+def test_a_sound_config_is_found(run, capsys):
+    """It works as before; what is written lies in the run's folder, also after it was moved."""
+    moved = run.place / "moved"
+    shutil.rmtree(moved, ignore_errors=True)
+    (run.folder / "predictions.jsonl").unlink(missing_ok=True)
+    with_config(run)
+    shutil.copytree(run.folder, moved)
+    assert main(["predict", "--ckpt_path", str(moved / "checkpoints/best.ckpt")]) == 0, capsys.readouterr().err
+    assert (moved / "predictions.jsonl").exists() and not (run.folder / "predictions.jsonl").exists()
+
+
+def test_a_model_without_its_hostile_fields_is_the_model(run, tmp_path):
+    """The permission and the class are left out; what remains is loaded."""
+    path = with_parameters(run, PARAMETERS["remote_model"], tmp_path / "a.ckpt")
+    sound = TaskModule.load_from_checkpoint(run.path).eval()
+    module = TaskModule.load_from_checkpoint(path).eval()
+    batch = next(iter(torch.utils.data.DataLoader([{"input_ids": torch.arange(5, 14)}])))
+    torch.testing.assert_close(module.model(**batch).logits, sound.model(**batch).logits)
+    assert "auto_map" not in module.hparams["model"] and not module.hparams["model_kwargs"]
