@@ -11,6 +11,7 @@ from torch import nn
 from lightning_peft import PEFT, AdaLoRA, ConfigError, LoRAFA, PTuning, inject
 from lightning_peft.callbacks.driving import add_loss_terms
 from lightning_peft.methods.ptuning import ArrivingCounts, Placeholders
+from lightning_peft.trainable import adapted_modules
 from tests.contract.battery import CONFIGS, example
 from tests.device import DEVICE, Machine, Remote, WaitError, move
 from tests.models import MODELS, Foreign, batch, loader, trainer
@@ -106,8 +107,8 @@ def prompted() -> tuple[nn.Module, Placeholders]:
     model = MODELS["bert"]()
     inject(model, PTuning(2))
     model.eval()  # no dropout, so that results compare
-    tokens = next(m for m in model.modules() if isinstance(m, Placeholders))
-    tokens.training = True
+    tokens = next(layer._adapter for _, layer in adapted_modules(model))
+    tokens.embedding.training = True
     return model, tokens
 
 

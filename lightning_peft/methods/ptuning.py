@@ -19,7 +19,7 @@ from lightning_peft.prompting.backbone import backbones
 from lightning_peft.prompting.prefix import normal_
 from lightning_peft.prompting.prompt import Prompt, PromptEncoder
 from lightning_peft.prompting.virtual import PromptedEmbedding, VirtualTokens, connect, disconnect
-from lightning_peft.trainable import require
+from lightning_peft.trainable import adapted_modules, require
 
 #: attribute of an id tensor on a device: its placeholders in each row, counted before it went there
 NOTE = "_lightning_peft_placeholders"
@@ -227,7 +227,7 @@ class Placeholders(VirtualTokens):
         if ids.device.type == "cpu":
             return self.judged(self.counts(ids).tolist())
         self.check_arrived()
-        remembers = self.training and torch.is_grad_enabled() and not exactly
+        remembers = self.embedding.training and torch.is_grad_enabled() and not exactly
         if remembers and self.first_had is not None:
             self.arriving.append(ArrivingCounts(self.counts(ids)))
             return self.first_had
@@ -285,7 +285,7 @@ class ArrivingCounts:
 
 def note_counts(model: nn.Module, batch: Any) -> dict[tuple, dict[int, list[int]]]:
     """The placeholders in each row of the id tensors of a batch that is still on the CPU, by their places in it."""
-    tables = [m for m in model.modules() if isinstance(m, Placeholders)]
+    tables = [layer._adapter for _, layer in adapted_modules(model) if isinstance(layer._adapter, Placeholders)]
     notes: dict[tuple, dict[int, list[int]]] = {}
     for place, ids in id_tensors(batch):
         if ids.device.type == "cpu":
