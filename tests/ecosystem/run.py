@@ -3,7 +3,7 @@
     python -m venv ecosystem && . ecosystem/bin/activate
     pip install -c .ci/constraints.txt -e . timm torch_geometric open_clip_torch x-transformers
     pip install -c .ci/constraints.txt monai speechbrain scvi-tools
-    python -m tests.ecosystem.run [part of a name …]
+    python -m tests.ecosystem [part of a name …]
 
 For every network of `models` LoRA, DoRA and IA3 are put on everything that holds a weight and matters to the output,
 and one bottleneck or prefix where its places are. A cell says ``works``, ``refused`` (a clear error, given below the
@@ -13,18 +13,13 @@ that networks which need the operators themselves (detection, alignment) are lef
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 
-from tests.ecosystem.standins import stand_in
+import torch
+from torch import Tensor, nn
 
-STOOD_IN = stand_in()
-
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from lightning_peft import (  # noqa: E402
+from lightning_peft import (
     IA3,
     DoRA,
     Houlsby,
@@ -39,9 +34,9 @@ from lightning_peft import (  # noqa: E402
     unload,
     unmerge,
 )
-from tests.contract.battery import same  # noqa: E402
-from tests.ecosystem.models import EXAMPLES, Example  # noqa: E402
-from tests.models import frozen_copy  # noqa: E402
+from tests.contract.battery import same
+from tests.ecosystem.models import EXAMPLES, Example
+from tests.models import frozen_copy
 
 COLUMNS = ("LoRA", "DoRA", "IA3", "bottleneck or prefix")
 
@@ -177,12 +172,12 @@ def cell(example: Example, method: Method) -> tuple[str, str]:
     return "works" + ("*" if remark else ""), remark
 
 
-def main(asked: list[str]) -> None:
+def main(asked: list[str], replaced: list[str]) -> None:
     """Print the table, and below it the reasons."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     chosen = {n: e for n, e in EXAMPLES.items() if not asked or any(a.lower() in n.lower() for a in asked)}
-    print(f"torch {torch.__version__}; stand-ins for the compiled parts of: {', '.join(STOOD_IN) or 'nothing'}\n")
+    print(f"torch {torch.__version__}; stand-ins for the compiled parts of: {', '.join(replaced) or 'nothing'}\n")
     print(f"| network | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}")
     notes, counts = [], dict.fromkeys(("works", "works*", "refused", "wrong"), 0)
     for name, example in chosen.items():
@@ -196,7 +191,3 @@ def main(asked: list[str]) -> None:
         print(f"| {name} | {' | '.join(words)} |", flush=True)
     print("\n" + ", ".join(f"{count} {word}" for word, count in counts.items()))
     print("\n".join(["", *notes]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

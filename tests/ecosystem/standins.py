@@ -1,10 +1,11 @@
 """Stand-ins for the compiled parts of torchvision and torchaudio, whose wheels expect a CUDA build of torch.
 
-Import this before either of them. What needs the operators themselves (detection models, alignment) stays out of reach.
+Put in before either is imported. What needs the operators themselves (detection models, alignment) stays out of reach.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 
@@ -36,7 +37,9 @@ _kept: list[torch.library.Library] = []
 
 
 def _loads(package: str) -> bool:
-    """Whether a package can be imported as it is; what a failed attempt left behind is taken away."""
+    """Whether a package needs no stand-in; what a failed import left behind is taken away."""
+    if importlib.util.find_spec(package) is None:
+        return True
     try:
         __import__(package)
     except (ImportError, OSError, RuntimeError):
