@@ -182,7 +182,7 @@ def anatomy(model: nn.Module) -> dict[str, dict]:
             "attributes": set(module.__dict__),
             "parts": {key: id(part) for key, part in module._modules.items()},
             "parameters": {key: id(p) for key, p in module._parameters.items()},
-            "buffers": set(module._buffers),
+            "buffers": {key for key, _ in module._buffers.items()},
             "hooks": {kind: [id(hook) for hook in getattr(module, kind).values()] for kind in HOOKS},
             "flags": [p.requires_grad for p in module._parameters.values() if p is not None],
         }
