@@ -180,11 +180,11 @@ def anatomy(model: nn.Module) -> dict[str, dict]:
             "object": id(module),
             "class": type(module),
             "attributes": set(module.__dict__),
-            "parts": {key: id(part) for key, part in module.named_children()},
-            "parameters": {key: id(p) for key, p in module.named_parameters(recurse=False)},
-            "buffers": {key for key, _ in module.named_buffers(recurse=False)},
+            "parts": {key: id(part) for key, part in module._modules.items()},
+            "parameters": {key: id(p) for key, p in module._parameters.items()},
+            "buffers": {key for key, _ in module._buffers.items()},
             "hooks": {kind: [id(hook) for hook in getattr(module, kind).values()] for kind in HOOKS},
-            "flags": [p.requires_grad for p in module.parameters(recurse=False)],
+            "flags": [p.requires_grad for p in module._parameters.values() if p is not None],
         }
     return found
 

@@ -883,7 +883,9 @@ PATTERNS: dict[str, Pattern] = {
     ),
     "keeps_backbone": Pattern(KeepsBackbone, ids, "query", bottleneck="", prefix="", prompt=""),
     # a forward on the instance
-    "forward_on_instance": Pattern(lambda: Parent(transparent(nn.Linear(6, 5))), bottleneck="fc", may_not_pickle=True),
+    "forward_on_instance": Pattern(
+        lambda: Parent(transparent(nn.Linear(6, 5))), bottleneck="fc", kind="own", may_not_pickle=True
+    ),
     "other_forward_on_instance": Pattern(
         lambda: Parent(changing(nn.Linear(6, 5))), bottleneck="fc", kind="own", may_refuse=True, may_not_pickle=True
     ),

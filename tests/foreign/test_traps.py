@@ -39,7 +39,7 @@ from tests.contract.battery import same, shake
 from tests.foreign.cases import Case, anatomy, case_of, close
 from tests.foreign.patterns import PATTERNS, Hold, OwnAttention, ReadsWeight, transparent
 from tests.lifecycle.test_optional_parts import Sgd
-from tests.models import llama, plain_loader, trainer
+from tests.models import frozen_copy, llama, plain_loader, trainer
 
 #: networks whose layers hold their weight as a parameter, of every way in which the correction is made
 HELD = [
@@ -143,6 +143,30 @@ def test_a_weight_can_be_set_and_deleted(pattern):
         _ = layer.weight
     layer.register_parameter("weight", None)
     assert layer.weight is None
+
+
+@pytest.mark.parametrize("pattern", HELD)
+def test_a_state_dict_can_be_assigned(pattern):
+    """``assign=True`` sets parameters by their attributes; conversion may swap what they hold."""
+    model, case = adapted(pattern)
+    plain = case.pattern.build()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    state = frozen_copy(plain)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    assert unexpected == [] and all(".delta." in f".{name}" for name in missing)
+    assert torch.equal(case.layer(model).weight, case.layer(plain).weight)
+    with disabled(model):
+        close(case.output(model), case.output(plain), 1e-6)
+    assert not torch.equal(case.output(model), case.output(plain))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        weight = case.layer(model).weight
+        model.to(torch.float64)
+        assert case.layer(model).weight is weight and weight.dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_a_read_weight_has_the_dtype_of_the_parameter():
