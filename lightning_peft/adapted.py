@@ -28,7 +28,7 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -541,13 +541,15 @@ class RootReader:
 
 def _adapted_parts(reader: nn.Module, paths: tuple[str, ...]) -> list[Any]:
     """The adapted layers at some paths; one that was replaced since is none of them."""
-    found = []
-    for path in paths:
-        with suppress(AttributeError):
-            part = reader.get_submodule(path)
-            if isinstance(part, Adapted):
-                found.append(part)
-    return found
+    parts = [_part(reader, path) for path in paths]
+    return [part for part in parts if isinstance(part, Adapted)]
+
+
+def _part(module: Any, path: str) -> nn.Module | None:
+    """The part at a path, or None. Looks at parts alone: attributes may be properties that raise."""
+    for name in path.split("."):
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return module
 
 
 def open_to_readers(root: nn.Module) -> tuple[RootReader, list[tuple[str, Any]]]:
@@ -601,8 +603,9 @@ def _meant_by(reader: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
             paths += [place + path[1:] for place in names]
     found = []
     for candidate in paths:
-        with suppress(AttributeError):
-            found.append((candidate, reader.get_submodule(candidate)))
+        part = _part(reader, candidate)
+        if part is not None:
+            found.append((candidate, part))
     return found
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.adapted import Adapted
 from lightning_peft.callbacks.strategies import flattens
 from lightning_peft.errors import TrainingError
+from lightning_peft.quantized import packed
 from lightning_peft.sharding import named_parameters, unwrapped
-from lightning_peft.trainable import find, require, trainable_names
+from lightning_peft.trainable import adapted_modules, find, require, trainable_names
 
 _TOO_LATE = (
     "Build the network in `__init__` or `configure_model`, not in `setup` (callbacks are set up before the module)."
@@ -37,6 +39,18 @@ def check_present(pl_module: L.LightningModule) -> None:
             f"{lost[0]!r} is no longer the layer that was adapted, and its adapter is gone with the old one"
             f" ({len(lost)} layers were replaced after the injection). Convert or replace layers first, then inject;"
             " a precision plugin that converts layers goes into the Trainer together with PEFT."
+        )
+
+
+def check_not_adapted(pl_module: L.LightningModule) -> None:
+    """A precision plugin that converts layers would replace adapted ones, and their adapters with them."""
+    converted = any(packed(module) is not None for module in pl_module.modules())  # then it leaves all as they are
+    layers = [layer for _, layer in adapted_modules(pl_module) if isinstance(layer, torch.nn.Linear)]
+    if layers and not converted:
+        raise TrainingError(
+            "The module was adapted before BitsandbytesPrecision converts its layers, and the adapters would be gone:"
+            " their layers are replaced. Leave the injection to PEFT(...), which converts first, or call"
+            " precision.convert_module(module) before inject."
         )
 
 

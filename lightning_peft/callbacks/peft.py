@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.callbacks.checkpoint_io import use_safe_files
 from lightning_peft.callbacks.checks import (
+    check_not_adapted,
     check_nothing_new,
     check_optimizers,
     check_present,
@@ -100,7 +101,8 @@ class PEFT(L.Callback):
         if deferred and loads_late(trainer) and any(True for _ in pl_module.parameters()):
             self.ensure(pl_module, stage)  # before configure_model shards what is there
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not deferred:
-            # Lightning would do so a moment later: methods then see the layers that train
+            # Lightning would do so a moment later: methods must see the layers that train
+            check_not_adapted(pl_module)
             trainer.precision_plugin.convert_module(pl_module)
         if deferred:
             pl_module.__dict__["_peft_pending"] = (self, stage, pl_module.__dict__.get("configure_model"))

@@ -174,7 +174,9 @@ class IA3(Method):
             adapt(module, IA3Attention, IA3Scale(module.in_proj_weight, 3 * module.embed_dim), name=name)
             make_readable(module, module._readable_names())
             return
-        size_in, size_out = sizes_of(module)
+        sizes = sizes_of(module)
+        assert sizes is not None  # `adapts` has seen to it
+        size_in, size_out = sizes
         if means(self.feedforward_modules, name, module, self.is_linear):
             adapt(module, IA3Input, IA3Scale(module.weight, size_in), name=name)
         else:

@@ -382,27 +382,3 @@ def test_compiled_network_inside(tmp_path):
 def test_no_match_shows_candidates(tmp_path):
     with pytest.raises(NoMatchError, match=r"q_prj.*It can adapt: .*Linear.*attention.self.query"):
         trainer(tmp_path, PEFT(LoRA(target_modules="q_prj"))).fit(Foreign(), loader("bert"))
-
-
-def test_precision_plugins_convert_only_the_base(tmp_path):
-    """BitsandbytesPrecision replaces every nn.Linear after injection; the factors are none and stay trainable."""
-    module = Plain()
-    inject(module, LoRA())
-    swapped = []
-
-    class Packed(nn.Linear):
-        pass
-
-    def convert(parent):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                swapped.append(name)
-                new = Packed(child.in_features, child.out_features)
-                new.weight, new.bias = child.weight, child.bias
-                setattr(parent, name, new)
-            else:
-                convert(child)
-
-    names = trainable_names(module)
-    convert(module)
-    assert swapped == ["base", "base"] and trainable_names(module) == names

@@ -41,12 +41,13 @@ def test_precision(tmp_path, precision, base, factor):
 
 
 def test_bitsandbytes_precision(tmp_path):
-    """Lightning's plugin packs the base and leaves the factors as they are."""
+    """A base that Lightning's plugin has packed is adapted; converting once more leaves the adapters as they are."""
     pytest.importorskip("bitsandbytes")
-    module = Sgd()
+    module, precision = Sgd(), BitsandbytesPrecision("nf4", dtype=torch.float32)
+    precision.convert_module(module)
     inject(module, LoRA(r=4))
     names = trainable_names(module)
-    BitsandbytesPrecision("nf4", dtype=torch.float32).convert_module(module)
+    precision.convert_module(module)
     parameters = dict(module.named_parameters())
     assert trainable_names(module) == names and all(type(parameters[n]) is nn.Parameter for n in names)
     assert type(module.net[0]).__name__ == "_NF4Linear" and all(parameters[n].requires_grad for n in names)
