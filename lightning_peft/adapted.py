@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.bytecode import calls_super_of_own_class, tensor_reads, walks_over_parts
+from lightning_peft.bytecode import calls_super_of_own_class, walks_over_parts
 from lightning_peft.errors import ConfigError, MergeError, PEFTError
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import gathered, sharded, write
@@ -166,7 +166,7 @@ class Adapted(nn.Module):
         forward = state.base_forward or super().forward
         if not state.reads:
             return forward(*args, **kwargs)
-        with windows(_adapted_parts(self, state.reads)):
+        with windows(adapted_parts(self, state.reads)):
             return forward(*args, **kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +174,7 @@ class Adapted(nn.Module):
         state = self._adapter
         if not state.windows and not state.hides_delta:
             return self._own_forward(*args, **kwargs)
-        window = state.windows.pop(_thread(), None)
+        window = state.windows.pop(thread_key(), None)
         parts = self._modules
         if state.hides_delta:
             self.__dict__["_modules"] = {name: part for name, part in parts.items() if name != "delta"}
@@ -183,7 +183,7 @@ class Adapted(nn.Module):
         finally:
             self.__dict__["_modules"] = parts
             if window is not None:
-                state.windows[_thread()] = window
+                state.windows[thread_key()] = window
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         if self._adapter.originals:
@@ -344,6 +344,12 @@ def check_releasable(layer: nn.Module, name: str) -> None:
         )
 
 
+def is_bypassed(layer: nn.Module) -> bool:
+    """Whether a forward on the instance leads past the adapter: a bound method of the base's class."""
+    forward = layer.__dict__.get("forward")
+    return isinstance(forward, types.MethodType) and forward.__func__ is base_class(layer).forward
+
+
 def _is_own_forward(layer: nn.Module, forward: Any) -> bool:
     return isinstance(forward, types.MethodType) and forward.__func__ is type(layer).forward
 
@@ -435,12 +441,12 @@ def base_tensor(layer: nn.Module, name: str, *default: Any) -> Any:
     """A tensor of the base, wherever it stands: a parameter, a plain attribute (pruning, the older weight_norm), a
     property of the class (parametrizations)."""
     state = layer._adapter
-    window = state.windows.pop(_thread(), None)
+    window = state.windows.pop(thread_key(), None)
     try:
         return getattr(layer, name, *default)
     finally:
         if window is not None:
-            state.windows[_thread()] = window
+            state.windows[thread_key()] = window
 
 
 @contextmanager
@@ -450,7 +456,7 @@ def windows(layers: list[Any]) -> Iterator[None]:
     At every other moment they are the parameters themselves, so that initialising, tying, pruning, sharding and the
     like meet those.
     """
-    thread = _thread()
+    thread = thread_key()
     opened = [layer._adapter for layer in layers if layer._adapter.active and thread not in layer._adapter.windows]
     for state in opened:
         state.windows[thread] = {}
@@ -461,7 +467,7 @@ def windows(layers: list[Any]) -> Iterator[None]:
             del state.windows[thread]
 
 
-def _thread() -> int:
+def thread_key() -> int:
     """What tells threads apart; while code is traced there is one."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -495,118 +501,17 @@ class CorrectedWeights(Adapted):
                     )
 
 
-class ReadingParent(Adapted):
-    """A module that is not adapted itself, but whose forward reads tensors of adapted layers inside it."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base; the layers whose tensors it reads answer the corrected ones meanwhile."""
-        return self._own_forward(*args, **kwargs)
-
-    def merged(self) -> dict[str, Tensor]:
-        """Nothing: it has no tensors of an adapter."""
-        return {}
-
-
-class RootReader:
-    """Opens windows around the forward of a network's root that reads tensors of adapted layers.
-
-    A root keeps its class, so hooks do it. They are there only while adapters are on: torch's encoder layers look for
-    hooks when they decide how to compute, and the base must be exactly what it was.
-    """
-
-    def __init__(self, paths: tuple[str, ...]) -> None:
-        self.paths = paths
-        self.handles: list[Any] = []
-
-    def switch(self, root: nn.Module, on: bool) -> None:
-        """Set the hooks, or take them away."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        if on:
-            self.handles.append(root.register_forward_pre_hook(self.open))
-            self.handles.append(root.register_forward_hook(self.close, always_call=True))
-
-    def open(self, root: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the forward."""
-        for layer in _adapted_parts(root, self.paths):
-            if layer._adapter.active:
-                layer._adapter.windows[_thread()] = {}
-
-    def close(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the forward, also one that failed."""
-        for layer in _adapted_parts(root, self.paths):
-            layer._adapter.windows.pop(_thread(), None)
-
-
-def _adapted_parts(reader: nn.Module, paths: tuple[str, ...]) -> list[Any]:
+def adapted_parts(reader: nn.Module, paths: tuple[str, ...]) -> list[Any]:
     """The adapted layers at some paths; one that was replaced since is none of them."""
-    parts = [_part(reader, path) for path in paths]
+    parts = [part_at(reader, path) for path in paths]
     return [part for part in parts if isinstance(part, Adapted)]
 
 
-def _part(module: Any, path: str) -> nn.Module | None:
+def part_at(module: Any, path: str) -> nn.Module | None:
     """The part at a path, or None. Looks at parts alone: attributes may be properties that raise."""
     for name in path.split("."):
         module = module._modules.get(name) if isinstance(module, nn.Module) else None
     return module
-
-
-def open_to_readers(root: nn.Module) -> tuple[RootReader, list[tuple[str, Any]]]:
-    """Find modules whose code reads tensors of adapted layers instead of calling them, and let them read the corrected.
-
-    Returns:
-        What does it for the root itself, and all readers' names with the layers they read.
-    """
-    found: list[tuple[str, Any]] = []
-    of_root: tuple[str, ...] = ()
-    for reader_name, reader in list(root.named_modules()):
-        if isinstance(reader, Delta):
-            continue
-        paths = []
-        for path, tensor in tensor_reads(base_class(reader)):
-            for place, layer in _meant_by(reader, path):
-                if isinstance(layer, Adapted) and tensor in layer._readable_names():
-                    make_readable(layer, layer._readable_names())
-                    paths.append(place)
-                    found.append((reader_name, layer))
-        if reader is root:
-            of_root = tuple(dict.fromkeys(paths))
-        elif paths:
-            if not isinstance(reader, Adapted):
-                adapt(reader, ReadingParent, None, name=reader_name)
-            reader._adapter.reads += tuple(dict.fromkeys(paths))
-    root_reader = RootReader(of_root)
-    root_reader.switch(root, bool(of_root))
-    return root_reader, found
-
-
-def close_to_readers(root: nn.Module, root_reader: RootReader) -> None:
-    """Undo `open_to_readers`."""
-    root_reader.switch(root, False)
-    for module in root.modules():
-        if isinstance(module, ReadingParent):
-            release(module)
-
-
-def _meant_by(reader: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """Adapted layers inside a reader that an expression in its code may mean: those at the path, or, for a variable
-    whose path is not known, the reader's own parts, also in lists and dicts of them."""
-    if not path.startswith("*"):
-        paths = [path]
-    else:
-        paths = []
-        for name, part in reader.named_children():
-            names = [name]
-            if isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-                names += [f"{name}.{key}" for key, _ in part.named_children()]
-            paths += [place + path[1:] for place in names]
-    found = []
-    for candidate in paths:
-        part = _part(reader, candidate)
-        if part is not None:
-            found.append((candidate, part))
-    return found
 
 
 def _readable_property(name: str, inherited: Any) -> property:
@@ -614,7 +519,7 @@ def _readable_property(name: str, inherited: Any) -> property:
 
     def get(layer: Any) -> Any:
         state = layer.__dict__["_adapter"]
-        window = state.windows.get(_thread()) if state.windows else None
+        window = state.windows.get(thread_key()) if state.windows else None
         if window is not None:
             # computed once for each forward; a value read under no_grad has no history, so it is kept apart
             key = (name, torch.is_grad_enabled())

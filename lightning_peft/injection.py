@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_peft.adapted import RootReader, check_releasable, close_to_readers, open_to_readers
+from lightning_peft.adapted import check_releasable
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.fields import settle
 from lightning_peft.fingerprint import fingerprint
@@ -18,6 +18,7 @@ from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method, brief
 from lightning_peft.quantized import bits
+from lightning_peft.readers import RootReader, close_to_readers, open_to_readers
 from lightning_peft.sharding import reshard, write
 from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
 from lightning_peft.trainable import (

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, Delta, RootReader
+from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import PEFTError
 from lightning_peft.match import is_metric
 from lightning_peft.method import Method
+from lightning_peft.readers import RootReader
 from lightning_peft.sharding import named_parameters, unwrapped
 
 MARK = "_lightning_peft"

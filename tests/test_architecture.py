@@ -21,6 +21,7 @@ LAYERS = [
     ["paths", "header", "bytecode", "format1", "untrusted"],
     ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
+    ["readers"],
     ["match", "bottleneck.sites"],
     ["heads"],
     ["method"],

@@ -6,7 +6,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_peft.adapted import Adapted
+from lightning_peft.adapted import Adapted, is_bypassed
 from lightning_peft.callbacks.strategies import flattens
 from lightning_peft.errors import TrainingError
 from lightning_peft.quantized import packed
@@ -40,6 +40,13 @@ def check_present(pl_module: L.LightningModule) -> None:
             f" ({len(lost)} layers were replaced after the injection). Convert or replace layers first, then inject;"
             " a precision plugin that converts layers goes into the Trainer together with PEFT."
         )
+
+    for name, layer in adapted_modules(root):
+        if is_bypassed(layer):
+            raise TrainingError(
+                f"{prefix}{name} has the `forward` of its base on the instance, so its adapter would never act"
+                " (accelerate leaves one when its hooks are removed). Delete it: del module.forward."
+            )
 
 
 def check_not_adapted(pl_module: L.LightningModule) -> None:

@@ -132,9 +132,17 @@ def _check_tensor_parallel(strategy: ModelParallelStrategy, pl_module: L.Lightni
 
 @contextmanager
 def explained(pl_module: L.LightningModule) -> Iterator[None]:
-    """Say what it means if sharding in ``configure_model`` fails over a tensor that several layers use."""
+    """Say what it means if sharding in ``configure_model`` fails over the tensors of adapters."""
     try:
         yield
+    except KeyError as error:
+        if "parameter name can't contain" not in str(error):
+            raise
+        # torch's styles of tensor parallelism split every parameter in a layer, and stumble over those in `delta`
+        raise TrainingError(
+            "`configure_model` split an adapted layer by tensor parallelism, and its adapter cannot be split with it."
+            " Leave the split layers out with exclude_modules, or use tensor_parallel_size=1."
+        ) from error
     except (RuntimeError, ValueError) as error:
         names = [n for n, m in pl_module.named_modules(remove_duplicate=False) if isinstance(m, Delta)]
         owners = {n: id(pl_module.get_submodule(n)) for n in names}

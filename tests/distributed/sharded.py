@@ -98,7 +98,7 @@ def refusals() -> None:
 
     tensor = run("file", PEFT(LoRA()))
     tensor.strategy._data_parallel_size, tensor.strategy._tensor_parallel_size = 1, 2
-    refused(TrainingError, "split by tensor parallelism", lambda: tensor.fit(Columns(), rows()))
+    refused(TrainingError, "by tensor parallelism", lambda: tensor.fit(Columns(), rows()))
 
 
 class Hollow(Sgd):
