@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, printable
 
 USAGE = """usage: lightning-peft COMMAND [options]
 
@@ -79,7 +79,7 @@ def _train(words: list[str]) -> int:
         known = _known(error)
         if known is None:
             raise
-        print(f"lightning-peft: error: {known}", file=sys.stderr)
+        print(f"lightning-peft: error: {printable(known)}", file=sys.stderr)
         return 2
     return 0
 

@@ -11,10 +11,13 @@ from typing import Any
 
 from lightning_peft.cli.arguments import Parser
 from lightning_peft.cli.peek import Peek, Stored, peek
-from lightning_peft.errors import CheckpointError
+from lightning_peft.errors import CheckpointError, printable
 from lightning_peft.paths import locate, size
+from lightning_peft.untrusted import short
 
 _LABEL = 10
+#: letters of one text that are shown
+_LONGEST = 4000
 #: fields told elsewhere, or without meaning once it is trained
 _ELSEWHERE = ("target_modules", "modules_to_save")
 _QUIET_PEFT = {
@@ -32,8 +35,8 @@ def main(words: Sequence[str]) -> None:
     try:
         rows = _peft_rows(found) if found.section is None else _rows(found, found.section)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its section is damaged ({type(error).__name__}: {error}).") from None
-    print(f"{path}{_size_of(path)}")
+        raise CheckpointError(f"{path}: its section is damaged ({type(error).__name__}: {short(error)}).") from None
+    print(f"{printable(str(path))}{_size_of(path)}")
     for label, texts in rows:
         _print(label, texts)
 
@@ -122,8 +125,9 @@ def _size_of(path: Path) -> str:
 
 
 def _print(label: str, texts: Sequence[str]) -> None:
+    """A label and its lines; what a file says may hold anything, in any length."""
     width = _width()
-    for i, text in enumerate(t for t in texts if t):
+    for i, text in enumerate(printable(str(t)[:_LONGEST]) for t in texts if t):
         first = f"{label if i == 0 else '':<{_LABEL}}"
         options: dict[str, Any] = {"initial_indent": first, "subsequent_indent": " " * (_LABEL + 2)}
         print(textwrap.fill(text, width, drop_whitespace=True, break_on_hyphens=False, **options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -22,6 +23,7 @@ from lightning_peft import (
     export_peft,
     import_peft,
     inject,
+    load_adapter,
     load_from_checkpoint,
 )
 from lightning_peft.checkpoint import section
@@ -146,6 +148,30 @@ def test_the_configuration_of_peft_brings_no_code(tmp_path):
     fresh = torch.nn.Sequential(torch.nn.Linear(4, 4))
     fresh.load_state_dict({k.replace("base.", ""): v for k, v in net.state_dict().items() if "delta" not in k})
     import_peft(fresh, tmp_path)
+
+
+ODD = "a\u202egnp.exe\x1b[2J\x07"
+
+
+def test_names_in_a_file_do_not_move_the_cursor(run, tmp_path, capsys):
+    """Neither in what inspect prints nor in an error; letters of four bytes are letters."""
+    content = copy.deepcopy(run.checkpoint)
+    info = content["lightning_peft"]
+    info["base"] |= {"source": ODD, "class": "Bert😀𝄞"}
+    info["methods"][0]["targets"][0] = ODD
+    content["state_dict"][ODD] = content["state_dict"].pop(info["keys"][0])
+    info["keys"][0] = ODD
+    torch.save(content, tmp_path / "odd\u202e.ckpt")
+    assert main(["inspect", str(tmp_path / "odd\u202e.ckpt")]) == 0
+    said = capsys.readouterr().out
+    assert "Bert😀𝄞" in said and "a\\u202egnp.exe" in said.replace("\n", "").replace(" ", "")
+    assert all(letter.isprintable() or letter == "\n" for letter in said)
+    assert main(["merge", str(tmp_path / "odd\u202e.ckpt"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "\\u202e" in said and all(letter.isprintable() or letter == "\n" for letter in said)
+    with pytest.raises(PEFTError) as refused:
+        load_adapter(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "odd\u202e.ckpt")
+    assert str(refused.value).isprintable()
 
 
 @pytest.mark.parametrize(
