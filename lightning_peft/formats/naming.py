@@ -65,7 +65,7 @@ def spelled(root: nn.Module, name: str) -> tuple[str, str]:
 
 def base_tensors(root: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Parameters and buffers of the base by their name before adapters: peft's name, and the tensor."""
-    held = {id(p) for m in root.modules() if isinstance(m, Delta) for p in m.parameters()}
+    held = {id(t) for m in root.modules() if isinstance(m, Delta) for t in (*m.parameters(), *m.buffers())}
     tensors = dict(root.named_parameters()) | persistent_buffers(root)
     found = {}
     for name, tensor in tensors.items():
