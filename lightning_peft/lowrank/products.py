@@ -8,7 +8,8 @@ several times faster than (rows, r); on the CPU (but for bfloat16) as (batch, r,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ from lightning_peft.lowrank.inputs import Source, source, summed
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 _NOTHING = Source(())
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a backward pass as its forward pass ran, which is never under autocast (see `siblings.run`).
+
+    A backward pass inside autocast, of a forward pass made outside it, would cast some of the products and not the
+    tensors they are written into. (`torch.amp.custom_bwd` does the same, at a cost in every pass.)
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *dys: Tensor | None) -> Any:
+        if not torch.is_autocast_enabled(ctx.device_type):
+            return backward(ctx, *dys)
+        with torch.autocast(ctx.device_type, enabled=False):
+            return backward(ctx, *dys)
+
+    return run
 
 
 class Corrected(Function):
@@ -41,10 +59,12 @@ class Corrected(Function):
         low = _low(x, As, scaling)
         ctx.save_for_backward(low, *weights, *factors, *[part for kind in found for part in kind])
         ctx.fixed = count, scaling, x.shape, found.sizes, over
+        ctx.device_type = x.device.type
         ctx.set_materialize_grads(False)
         return _outputs(x, low, weights, biases, As, Bs)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         """Gradients of x, of every A and of every B."""
         count, scaling, shape, sizes, over = ctx.fixed
