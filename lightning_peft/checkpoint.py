@@ -15,6 +15,7 @@ from lightning_peft.fingerprint import difference
 from lightning_peft.format1 import upgraded
 from lightning_peft.guards import bounded
 from lightning_peft.injection import place, remove, settle_outside
+from lightning_peft.sections import without_aliases
 from lightning_peft.sharding import reshard, whole, write
 from lightning_peft.switching import reset_buffers, switch
 from lightning_peft.trainable import (
@@ -154,6 +155,7 @@ def fitting(
     """
     verify_section(info, where)
     verify(model, info, where)
+    state = without_aliases(state, info)
     verify_keys(state, info, where, hollow=hollow)
     state = reroot(state, info, model)
     if info.get("save") == "full":

@@ -26,7 +26,7 @@ from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import held, missing
 from lightning_peft.paths import locate as locate
 from lightning_peft.replacing import replacing
-from lightning_peft.sections import verify_finite, verify_keys, verify_section
+from lightning_peft.sections import verify_finite, verify_keys, verify_section, without_aliases
 from lightning_peft.untrusted import settle_parameters
 
 
@@ -65,6 +65,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     else:
         state, info = _read_file(_inside(place) if place.is_dir() else place)
     verify_section(info, str(path))
+    state = without_aliases(state, info)
     verify_keys(state, info, str(path))
     verify_finite({n: state[n] for n in info["trainable"] if n in info["keys"]}, str(path))
     return state, info

@@ -8,7 +8,7 @@ from lightning_peft.errors import MergeError
 from lightning_peft.injection import check_removable, remove
 from lightning_peft.quantized import packed
 from lightning_peft.switching import switch
-from lightning_peft.trainable import adapted_modules, adapter_parameters, refuse_disabled, refuse_flat, require
+from lightning_peft.trainable import adapted_modules, adapter_tensors, refuse_disabled, refuse_flat, require
 
 
 def merge(model: nn.Module) -> None:
@@ -110,7 +110,7 @@ def packed_obstacle(model: nn.Module) -> str | None:
 def tied_parameters(root: nn.Module) -> set[tuple[str, ...]]:
     """Groups of names that stand for one parameter of the base."""
     names: dict[int, list[str]] = {}
-    added = adapter_parameters(root)
+    added = adapter_tensors(root)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) not in added:
             names.setdefault(id(parameter), []).append(name)

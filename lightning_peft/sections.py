@@ -63,6 +63,26 @@ def verify_keys(state: Mapping[str, Tensor], info: Mapping[str, Any], where: str
         raise CheckpointError(f"{where}: {some(odd)} should be plain tensors and are {type(state[odd[0]]).__name__}.")
 
 
+def without_aliases(state: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, those that several modules share under the one name that its section lists.
+
+    DeepSpeed's converter writes a shared tensor under each of its names; in the file they are one and the same storage.
+    """
+    state = dict(state)
+    if info.get("save") == "full":  # the names of everything, as the module itself gives them
+        return state
+    listed = set(info["keys"])
+    known = {_memory(state[name]) for name in listed if name in state}
+    return {name: t for name, t in state.items() if name in listed or _memory(t) is None or _memory(t) not in known}
+
+
+def _memory(value: Any) -> tuple | None:
+    """What a tensor shows of which memory; None if it has none."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or not value.numel():
+        return None
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
 def _plain(value: Any, hollow: bool) -> bool:
     """Whether this is a tensor with as many bytes as it has elements; a view may declare any number of them."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or (value.is_meta and not hollow):

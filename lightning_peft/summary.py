@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_peft.adapted import Delta
 from lightning_peft.fingerprint import logical_shape
 from lightning_peft.paths import size as size
-from lightning_peft.trainable import adapter_names, adapter_parameters, model_tensors, require
+from lightning_peft.trainable import adapter_names, adapter_tensors, model_tensors, require
 
 
 def summarize(model: nn.Module) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def summarize(model: nn.Module) -> dict[str, Any]:
     if injection.summary is not None:
         return dict(injection.summary)
     parameters, tensors = dict(root.named_parameters()), model_tensors(model)
-    added = adapter_parameters(root)
+    added = adapter_tensors(root)
     trained = set(injection.trained)
     trainable = {n: p for n, p in parameters.items() if n in trained or p.requires_grad}
     total = sum(_count(p) for p in parameters.values())

@@ -83,12 +83,12 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, Adapted) and "delta" in m._modules)
 
 
-def adapter_parameters(model: nn.Module) -> set[int]:
-    """``id`` of every parameter that adapters brought with them."""
+def adapter_tensors(model: nn.Module) -> set[int]:
+    """``id`` of every parameter and buffer that adapters brought with them."""
     found: set[int] = set()
     for module in model.modules():
         if isinstance(module, Delta):
-            found |= {id(parameter) for parameter in module.parameters()}
+            found |= {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     return found
 
 

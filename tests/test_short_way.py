@@ -72,6 +72,38 @@ def same(a, b, **tolerance):
         torch.testing.assert_close(ours, right, **tolerance)
 
 
+@pytest.mark.parametrize("length", [3, 40], ids=["short", "long"])  # the two layouts of low-rank products
+@pytest.mark.parametrize("method", [LoRA(r=2, alpha=3), LoRAFA(r=2)], ids=str)
+def test_a_backward_pass_inside_autocast_of_a_forward_pass_outside_it(method, length):
+    """As manual optimization under bf16-mixed may do: computed as the forward pass was, to the same numbers."""
+    net = block(method).float()
+    x = torch.randn(2, length, 6, requires_grad=True)
+    tensors = [x, *(p for p in net.parameters() if p.requires_grad)]
+    outside = torch.autograd.grad(net(x).pow(2).sum(), tensors)
+    loss = net(x).pow(2).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(loss, tensors)
+    same(inside, outside)
+    assert all(g.dtype is torch.float32 for g in inside)
+
+
+def test_second_derivatives_inside_autocast_of_a_forward_pass_outside_it():
+    """As the plain formula has them, which autocast rounds to bfloat16."""
+    net, x = block().float(), torch.randn(2, 3, 6, requires_grad=True)
+    found = []
+    for each in (net, plainly(net)):
+        tensors = [x, *(p for p in each.parameters() if p.requires_grad)]
+        loss = each(x).pow(2).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            (first,) = torch.autograd.grad(loss, x, create_graph=True)
+            found.append([first, *torch.autograd.grad(first.pow(2).sum(), tensors)])
+        outside = torch.autograd.grad(each(x).pow(2).sum(), x, create_graph=True)[0].pow(2).sum()
+        scales = [g.abs().max() for g in torch.autograd.grad(outside, tensors)]
+    for ours, plain, scale in zip(found[0][1:], found[1][1:], scales, strict=True):
+        assert ours.dtype is torch.float32
+        torch.testing.assert_close(ours / scale, plain / scale, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"norm": "layer"}], ids=["rms", "bias", "layer"])
 @pytest.mark.parametrize("method", [LoRA(r=2, alpha=3), LoRAFA(r=2), LoRA(r=1, rank_pattern={"k_proj": 3})], ids=str)
 def test_values_and_gradients(method, options):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.trainable import adapter_parameters, persistent_buffers
+from lightning_peft.trainable import adapter_tensors, persistent_buffers
 
 #: modules that peft saves by itself for a task
 TASK_MODULES = {
@@ -65,7 +65,7 @@ def _is_adapted(module: Any) -> bool:
 
 def base_tensors(root: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Parameters and buffers of the base by their name: peft's name, and the tensor."""
-    added = adapter_parameters(root)
+    added = adapter_tensors(root)
     found = {}
     for name, tensor in (dict(root.named_parameters()) | persistent_buffers(root)).items():
         if id(tensor) not in added:

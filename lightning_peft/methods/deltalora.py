@@ -17,19 +17,21 @@ from lightning_peft.methods.lora import LoRA
 
 
 class DeltaFactors(LowRank):
-    """`LowRank` with the product of an earlier step: ``snapshot_A``, ``snapshot_B`` and the factor ``follow``.
+    """`LowRank` with the product of an earlier step, ``snapshot_A`` and ``snapshot_B``, and the factor ``follow``.
 
     The updates ``λ·s·(B_{t+1}·A_{t+1} - B_t·A_t)`` telescope, so the weight never has to be written: it is
     ``W_0 + λ·s·(B·A - snapshot)`` at all times, with the difference detached. ``follow`` is 0 before the snapshot, λ
-    after it.
+    after it; it is a buffer, for a number cannot be split over processes as parameters are.
     """
+
+    follow: Tensor
 
     def build(self, place: Place, r: int) -> None:
         """Make the tensors."""
         super().build(place, r)
         self.snapshot_A = nn.Parameter(torch.zeros_like(self.lora_A), requires_grad=False)
         self.snapshot_B = nn.Parameter(torch.zeros_like(self.lora_B), requires_grad=False)
-        self.follow = nn.Parameter(self.lora_A.new_zeros(()), requires_grad=False)
+        self.register_buffer("follow", self.lora_A.detach().new_zeros(()))
         #: whether the program knows that the weight follows; reading ``follow`` would wait for the device
         self.known_to_follow = False
 
@@ -115,6 +117,11 @@ class DeltaLoRA(LoRA):
                 f"DeltaLoRA(dropout={self.dropout!r}): the weight follows the product, which is not defined under"
                 " dropout; leave it at 0."
             )
+
+    def state_names(self, model: nn.Module) -> list[str]:
+        """The snapshots, whether they are followed, and what `LoRA` keeps."""
+        follows = [f"{name}.follow" for name, module in model.named_modules() if isinstance(module, DeltaFactors)]
+        return super().state_names(model) + follows
 
     def after_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
         """Take the snapshot once, after step ``start_step + 1``."""

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_peft import (
     IA3,
     AdaLoRA,
+    DeltaLoRA,
     FullFineTuning,
     Houlsby,
     LoRA,
@@ -26,6 +27,7 @@ METHODS = {
     "prefix": PrefixTuning(num_virtual_tokens=3),
     "prompt": PromptTuning(num_virtual_tokens=3),
     "adalora": AdaLoRA(init_r=3, target_r=2),
+    "deltalora": DeltaLoRA(r=2, start_step=1),
     "ia3": IA3(),
     "full": FullFineTuning(),
 }

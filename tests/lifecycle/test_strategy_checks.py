@@ -11,36 +11,40 @@ from lightning_peft import (
     PEFT,
     AdaLoRA,
     CheckpointError,
+    Compacter,
     FSDPWrapPolicy,
     LoRA,
     MergeError,
     MergeOnFitEnd,
     PEFTError,
+    PrefixTuning,
     TrainingError,
     adapter_state_dict,
     inject,
     load_adapter,
+    load_from_checkpoint,
 )
 from lightning_peft.callbacks.moving import fit_to
 from lightning_peft.callbacks.strategies import check_methods
-from tests.models import Plain, bert, plain_loader, trainer
+from tests.contract.battery import same
+from tests.models import Foreign, Plain, bert, loader, plain_loader, trainer
 
 
-class Foreign(SingleDeviceStrategy):
+class Unheard(SingleDeviceStrategy):
     """Not known, once the list of the known ones is shortened."""
 
 
 def test_unknown_strategies(tmp_path, monkeypatch):
     """Refused, unless allowed; relatives of known ones pass."""
     monkeypatch.setattr("lightning_peft.callbacks.strategies.KNOWN", (DeepSpeedStrategy,))
-    run = trainer(tmp_path, PEFT(LoRA()), strategy=Foreign("cpu"))
-    with pytest.raises(TrainingError, match=r"Foreign is not among .*PEFT\(\.\.\., allow_untested=True\)"):
+    run = trainer(tmp_path, PEFT(LoRA()), strategy=Unheard("cpu"))
+    with pytest.raises(TrainingError, match=r"Unheard is not among .*PEFT\(\.\.\., allow_untested=True\)"):
         run.fit(Plain(), plain_loader())
-    trainer(tmp_path, PEFT(LoRA(), allow_untested=True), strategy=Foreign("cpu"), max_epochs=1).fit(
+    trainer(tmp_path, PEFT(LoRA(), allow_untested=True), strategy=Unheard("cpu"), max_epochs=1).fit(
         Plain(), plain_loader()
     )
     monkeypatch.undo()
-    trainer(tmp_path, PEFT(LoRA()), strategy=Foreign("cpu"), max_epochs=1).fit(Plain(), plain_loader())
+    trainer(tmp_path, PEFT(LoRA()), strategy=Unheard("cpu"), max_epochs=1).fit(Plain(), plain_loader())
 
 
 def like_deepspeed(tmp_path, *callbacks):
@@ -85,6 +89,43 @@ def test_deepspeed(tmp_path):
     (folder / "latest").write_text("checkpoint")
     with pytest.raises(CheckpointError, match="convert_zero_checkpoint_to_fp32_state_dict"):
         load_adapter(Plain(), folder)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Compacter(), PrefixTuning(num_virtual_tokens=3, projection=True, hidden_size=8)],
+    ids=lambda m: type(m).__name__,
+)
+def test_a_file_that_deepspeed_converted_holds_shared_tensors_under_all_their_names(method, tmp_path):
+    """Its converter adds the names that the module knows for one tensor; every way to load takes them."""
+    saved = trainer(tmp_path, PEFT(method), max_epochs=1)
+    module = Foreign()
+    saved.fit(module, loader("bert"))
+    loss = saved.test(module, loader("bert"), verbose=False)
+    saved.save_checkpoint(tmp_path / "a.ckpt")
+    trained = adapter_state_dict(module)
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    state = content["state_dict"]
+    first_names = {id(p): n for n, p in module.named_parameters()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first_names[id(parameter)] in state:
+            state[name] = state[first_names[id(parameter)]]
+    assert len(state) > len(trained), "nothing is shared: this test shows nothing"
+    torch.save(content, tmp_path / "converted.ckpt")
+
+    bare, adapted = Foreign(), Foreign()
+    load_adapter(bare, tmp_path / "converted.ckpt")
+    reloaded = load_from_checkpoint(Foreign, tmp_path / "converted.ckpt")
+    for other in (bare, reloaded):
+        assert same(adapter_state_dict(other), trained)
+    run = trainer(tmp_path, PEFT(method))
+    assert run.test(adapted, loader("bert"), ckpt_path=tmp_path / "converted.ckpt", verbose=False) == loss
+
+    copied = next(n for n in state if n not in trained)
+    state[copied] = state[copied].clone()  # equal, but a tensor of its own: nobody knows what it is for
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(CheckpointError, match=f"it has in excess {copied}"):
+        load_adapter(Foreign(), tmp_path / "odd.ckpt")
 
 
 def test_wrap_policy():

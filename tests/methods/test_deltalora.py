@@ -112,6 +112,25 @@ def test_a_new_fit_goes_on_following(tmp_path):
         assert torch.equal(other(x), net(x))
 
 
+def test_the_factor_is_no_parameter_and_files_hold_it_as_ever(tmp_path):
+    """A tensor without dimensions cannot be sharded; in files it has had this name and shape since the first one."""
+    net = nn.Sequential(nn.Linear(4, 4))
+    other = copy.deepcopy(net)
+    inject(net, DeltaLoRA(r=2, start_step=0))
+    assert all(parameter.ndim for parameter in net.parameters())
+    DeltaLoRA(r=2, start_step=0).after_step(net, 1, 1)
+    state = adapter_state_dict(net)
+    names = ("lora_A", "lora_B", "snapshot_A", "snapshot_B", "follow")
+    assert set(state) == {f"0.delta.{name}" for name in names}
+    assert state["0.delta.follow"].shape == () and state["0.delta.follow"] == 2.0
+    save_adapter(net, tmp_path / "a.safetensors")
+    load_adapter(other, tmp_path / "a.safetensors")
+    assert same(adapter_state_dict(other), state)
+    with disabled(net):
+        pass
+    assert same(adapter_state_dict(net), state)
+
+
 def test_gradients_reach_the_input_through_the_moved_weight():
     """The difference is a constant for A and B, but part of the weight for the layer's input."""
     net = nn.Sequential(nn.Linear(4, 5)).double()
