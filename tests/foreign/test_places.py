@@ -18,6 +18,7 @@ from lightning_peft import (
     ConfigError,
     Houlsby,
     LoRA,
+    NoMatchError,
     ParallelAdapter,
     PEFTError,
     Pfeiffer,
@@ -32,6 +33,7 @@ from lightning_peft import (
     trainable_names,
     unload,
 )
+from lightning_peft.bottleneck.sites import find_sites
 from tests.contract.battery import shake
 from tests.foreign import blocks
 from tests.foreign.blocks import BLOCKS, Network
@@ -54,7 +56,7 @@ def adapters(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_bottlenecks_find_their_places(name, method):
     """One for each of the method's sub-layers, where the sub-layer's h ends; they train, switch off and leave."""
-    _, _, attention, feed_forward = BLOCKS[name]
+    _, _, attention, feed_forward, _ = BLOCKS[name]
     ends = {"attention": attention, "mlp": feed_forward}
     model, x = blocks.build(name).requires_grad_(False), blocks.inputs()
     before, base = anatomy(model), model(x)
@@ -82,7 +84,7 @@ def test_bottlenecks_find_their_places(name, method):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_bottleneck_reads_what_its_sub_layer_gives(name):
     """Houlsby: x + h + up(act(down(h))), whichever module gives h."""
-    kind, arguments, *_ = BLOCKS[name]
+    kind, arguments, *_, takes_residual = BLOCKS[name]
     model, x = blocks.build(name), blocks.inputs()
     inject(model, Houlsby(reduction_factor=4, non_linearity="tanh", target_modules="mlp", layers=[1]))
     shake(model)
@@ -93,12 +95,39 @@ def test_a_bottleneck_reads_what_its_sub_layer_gives(name):
     with torch.no_grad():
         entering = model.blocks[0](model.embed(x))
         attended = {}
-        norm = plain.norm2 if hasattr(plain, "norm2") else plain.ln_2
-        norm.register_forward_pre_hook(lambda module, args: attended.update(x=args[0]))
+        plain.get_submodule(takes_residual).register_forward_pre_hook(lambda _, args: attended.update(x=args[0]))
         h = plain(entering) - attended["x"]
         correction = F.linear(torch.tanh(F.linear(h, delta.down_weight, delta.down_bias)), delta.up_weight)
         expected = attended["x"] + h + correction + delta.up_bias
         close(model.blocks[1](entering), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_output_and_source_of_a_place_add_up_to_the_residual(name):
+    """h + x is what the feed-forward part starts from, or what the block gives (Pfeiffer's and parallel adapters)."""
+    model, x = blocks.build(name), blocks.inputs()
+    modules, taken, given = dict(model.named_modules()), {}, {}
+    for path, module in modules.items():
+        module.register_forward_pre_hook(lambda _, args, path=path: taken.update({path: args[0]}))
+        module.register_forward_hook(lambda _, args, out, path=path: given.update({path: out}))
+    model(x)
+    sites = find_sites(modules)
+    assert [(site.output[:9], site.role) for site in sites] == [
+        (f"blocks.{number}.", role) for number in range(2) for role in ("attention", "mlp")
+    ]
+    for site in sites:
+        block = site.output[:8]
+        total = given[site.output] + taken[site.source]
+        close(total, taken[f"{block}.{BLOCKS[name][-1]}"] if site.role == "attention" else given[block], 1e-6)
+
+
+def test_blocks_that_only_share_the_names_are_refused():
+    windows, maps = blocks.Block(), blocks.Block()
+    windows.window_size = 2  # timm's SAM takes the input apart between norm and attention
+    maps.norm1, maps.norm2 = nn.BatchNorm2d(blocks.WIDTH), nn.BatchNorm2d(blocks.WIDTH)  # timm's Visformer
+    for block in (windows, maps):
+        with pytest.raises(NoMatchError, match=r"timm's ViT, DeiT;.*name modules"):
+            inject(nn.Sequential(block), Houlsby())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
