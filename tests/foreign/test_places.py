@@ -149,20 +149,41 @@ def test_prefixes_in_the_attention_of_vision_packages(name):
     assert anatomy(model) == before
 
 
-def test_attention_without_parameters_takes_no_prefix_or_says_why():
+@pytest.mark.parametrize("projection", [False, True])
+def test_attention_without_parameters_takes_no_prefix_and_says_why(projection):
     """x-transformers keeps the projections around the module that attends."""
-    torch.manual_seed(0)
     model, x = Hold(blocks.Attention()), torch.randn(2, 5, blocks.WIDTH)
     base, before = model(x), anatomy(model)
-    try:
-        inject(model, PrefixTuning(num_virtual_tokens=3))
-    except PEFTError as error:
-        assert "Attend" in str(error) and anatomy(model) == before
-        return
+    with pytest.raises(NoMatchError, match=r"'m.attend' \(Attend\) has no projections of its own.*LoRA adapts those"):
+        inject(model, PrefixTuning(num_virtual_tokens=3, projection=projection))
+    assert anatomy(model) == before and torch.equal(model(x), base)
+
+
+class PooledAttention(nn.Module):
+    """timm's pooling at the end of a SigLIP tower: one learned query, keys and values from one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.latent = blocks.HEADS, nn.Parameter(torch.randn(1, 1, blocks.WIDTH))
+        self.q, self.kv = nn.Linear(blocks.WIDTH, blocks.WIDTH), nn.Linear(blocks.WIDTH, 2 * blocks.WIDTH)
+
+    def forward(self, x):
+        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (blocks.HEADS, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, blocks.HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_a_prefix_in_attention_that_projects_keys_and_values_together():
+    model, x = Hold(PooledAttention()), torch.randn(2, 5, blocks.WIDTH)
+    inject(model, PrefixTuning(num_virtual_tokens=3))
+    delta = model.m.delta
+    assert delta.prefix_key.shape == (3, blocks.HEADS, blocks.WIDTH // blocks.HEADS)
     shake(model)
-    out = model(x)
-    out.square().sum().backward()
-    assert not torch.allclose(out, base) and all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    q = model.m.q(model.m.latent[0]).unflatten(-1, (blocks.HEADS, -1))[0]
+    k, v = model.m.kv(x[0]).unflatten(-1, (2, blocks.HEADS, -1)).unbind(1)
+    keys, values = torch.cat([delta.prefix_key, k]), torch.cat([delta.prefix_value, v])
+    weights = torch.einsum("hd,nhd->hn", q, keys).div(q.shape[-1] ** 0.5).softmax(-1)
+    close(model(x)[0, 0], torch.einsum("hn,nhd->hd", weights, values).flatten(), 1e-5)
 
 
 class Named(nn.Module):
