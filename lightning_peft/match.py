@@ -2,7 +2,8 @@
 
 A pattern without a wildcard is a full dotted name or its trailing dotted part (``q_proj``); with ``* ? [`` it is a
 glob over the full name; ``re:`` starts a regular expression. The words ``all-linear``, ``attention``, ``mlp``,
-``key-value`` and ``down-projection`` stand for roles and need no names.
+``key-value`` and ``down-projection`` stand for roles and need no names. Where a model has no layers in the role of a
+word, the word is a name like any other: ``mlp`` then means the modules that are called so.
 """
 
 from __future__ import annotations
@@ -165,9 +166,14 @@ def select(
     for pattern, ban in zip(as_patterns(exclude), banned, strict=True):
         if modules and not any(ban(prefix + name) or ban(name) for name in modules):
             raise NoMatchError(f"{method}: exclude_modules={pattern!r} matches no module, so it would do nothing.")
-    tests = [
-        _word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix, other_names or {}) for p in wanted
-    ]
+    tests = []
+    for pattern in wanted:
+        test = _named(matcher(pattern), prefix, other_names or {})
+        if pattern in WORDS:
+            role_test = _word(pattern, linear, set(heads))
+            if any(role_test(name, module) and kinds(module) for name, module in modules.items()):
+                test = role_test
+        tests.append(test)
     for pattern, test in zip(wanted, tests, strict=True):
         if pattern not in WORDS and modules and not any(test(n, m) for n, m in modules.items()) and len(wanted) > 1:
             raise NoMatchError(_explain(method, [pattern], exclude, layers, modules, {}, kinds))
@@ -199,10 +205,12 @@ def means(patterns: str | Sequence[str], name: str, module: nn.Module, linear: C
     >>> means("down-projection", "layers.0.mlp.down_proj", nn.Linear(1, 1), bool), means("net.0", "0", nn.Tanh(), bool)
     (True, True)
     """
-    return any(
-        _word(p, linear, set())(name, module) if p in WORDS else matcher(p)(name) or p.endswith("." + name)
-        for p in as_patterns(patterns)
-    )
+    for pattern in as_patterns(patterns):
+        if pattern in WORDS and _word(pattern, linear, set())(name, module):
+            return True
+        if matcher(pattern)(name) or pattern.endswith("." + name):
+            return True
+    return False
 
 
 def _named(

@@ -218,6 +218,20 @@ def test_a_layer_called_like_a_word_is_meant(targets):
     assert adapters(model) == [f"0.{targets}"]
 
 
+def test_a_layer_called_like_a_word_is_scaled_at_its_input():
+    model = nn.Sequential(nn.ModuleDict({"mlp": nn.Linear(6, 8), "other": nn.Linear(8, 6)}))
+    inject(model, IA3(target_modules="mlp", feedforward_modules="mlp"))
+    assert adapters(model) == ["0.mlp"] and len(model[0]["mlp"].delta.ia3_l) == 6
+
+
+@pytest.mark.parametrize("method", [LoRA, Houlsby])
+def test_a_word_keeps_its_meaning_where_layers_are_known(method):
+    """A further module of that name is not meant; its full name says it."""
+    model = nn.ModuleDict({"encoder": encoder(), "mlp": nn.Linear(8, 8)})
+    inject(model, method(target_modules="mlp"))
+    assert all(name.startswith("encoder.layers.") for name in adapters(model))
+
+
 def test_words_keep_their_meaning_where_no_module_has_the_name():
     model = bert()
     inject(model, Houlsby(target_modules="mlp"))
