@@ -300,7 +300,7 @@ def test_ia3_scales_the_channels_of_convolutions(name, at_input):
 
 def test_adalora_convolutions_are_exported(tmp_path):
     """peft computes the same from the folder."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion="0.20")
 
     class Images(nn.Module):
         def __init__(self) -> None:

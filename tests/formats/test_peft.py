@@ -218,6 +218,70 @@ def test_layers_of_torch(tmp_path):
         torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
+class Images(nn.Module):
+    """Convolutions that peft's AdaLoRA takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.wide = nn.Conv2d(3, 6, (3, 1), stride=2, bias=False), nn.Conv2d(6, 4, 3, padding="same")
+        self.deep, self.head = nn.Conv2d(4, 4, 3, dilation=2, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.deep(torch.tanh(self.wide(self.conv(x))))).mean((-1, -2)))
+
+
+def images() -> nn.Module:
+    torch.manual_seed(0)
+    return Images().eval()
+
+
+@pytest.mark.skipif(not hasattr(peft.tuners.adalora.layer, "SVDConv2d"), reason="peft before 0.20")
+def test_adalora_on_convolutions(tmp_path):
+    net, x = images(), torch.randn(2, 3, 9, 9)
+    inject(net, AdaLoRA(init_r=4, target_r=2, target_modules="*"))
+    shake(net)
+    net.wide.delta.prune(torch.tensor([True, False, True, False]))
+    expected = net(x).detach()
+    export_peft(net, tmp_path / "a")
+    theirs = reread(images(), tmp_path / "a")
+    torch.testing.assert_close(theirs(x), expected, atol=1e-5, rtol=1e-5)
+    again = images()
+    import_peft(again, tmp_path / "a")
+    assert torch.equal(again(x), expected)
+    export_peft(again, tmp_path / "b")
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+    merge_and_unload(net)
+    for name, value in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    other = images()
+    other.conv = nn.Conv2d(3, 6, (2, 2), stride=2, bias=False)
+    with pytest.raises(CheckpointError, match=r"has other shapes in conv\.delta\.lora_A"):
+        import_peft(other, tmp_path / "a")
+
+
+@pytest.mark.skipif(not hasattr(peft.tuners.adalora.layer, "SVDConv2d"), reason="peft before 0.20")
+def test_a_convolution_that_peft_pruned(tmp_path):
+    """peft cuts pruned triplets out of the file; here they come back with E = 0."""
+    config = peft.AdaLoraConfig(init_r=4, target_r=1, target_modules=["conv", "head"], total_step=9, tinit=1, tfinal=2)
+    theirs, x = peft.get_peft_model(images(), config), torch.randn(4, 3, 9, 9)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_E" in name:
+                parameter.add_(torch.randn_like(parameter))
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.01)
+    for step in range(1, 9):
+        theirs(x).square().sum().backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    theirs.eval().save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert any(not all(mask) for mask in kept.values())
+    model = images()
+    import_peft(model, tmp_path)
+    torch.testing.assert_close(model(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
 def test_names_that_end_like_others(tmp_path):
     """``0`` is also the end of ``inner.0``, which stays out."""
 
@@ -423,7 +487,10 @@ def test_placeholders_in_use_are_refused(tmp_path):
         (nn.MultiheadAttention(8, 2, kdim=4, vdim=4), LoRA(exclude_modules="out_proj"), "have one width"),
         (nn.MultiheadAttention(8, 2), DoRA(exclude_modules="out_proj"), "no DoRA for nn.MultiheadAttention"),
         (nn.MultiheadAttention(8, 2), IA3(target_modules="0"), "its IA3 takes linear layers"),
-        (nn.Conv2d(4, 6, 3), AdaLoRA(), "its AdaLoRA takes linear layers"),
+        (nn.Conv1d(4, 6, 3), AdaLoRA(), "of convolutions its AdaLoRA takes Conv2d only"),
+        (nn.Conv2d(4, 6, 3, groups=2), AdaLoRA(), "cannot take a convolution with groups=2"),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), AdaLoRA(), "its AdaLoRA ignores padding_mode="),
+        (nn.Embedding(4, 6), AdaLoRA(), "its AdaLoRA takes linear layers"),
     ],
     ids=_id,
 )
