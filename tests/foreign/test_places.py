@@ -20,7 +20,6 @@ from lightning_peft import (
     LoRA,
     NoMatchError,
     ParallelAdapter,
-    PEFTError,
     Pfeiffer,
     PrefixTuning,
     describe,
@@ -323,18 +322,14 @@ def test_adalora_convolutions_are_exported(tmp_path):
         close(other(x), model(x), 1e-5)
 
 
-def test_a_prefix_for_a_classifier_is_exported_so_that_peft_runs_it_or_refused(tmp_path):
+def test_a_prefix_for_a_classifier_is_exported_so_that_peft_runs_it(tmp_path):
     peft = pytest.importorskip("peft")
     model, ids = bert(), torch.tensor([[5, 6, 7, 8]])
     inject(model, PrefixTuning(num_virtual_tokens=3, positions="shift", modules_to_save="classifier"))
     shake(model)
-    try:
-        export_peft(model, tmp_path)
-    except PEFTError as error:
-        assert "BertForSequenceClassification" in str(error)
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        export_peft(model, tmp_path)
         other = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
     with torch.no_grad():
         close(other(input_ids=ids).logits, model(ids).logits, 1e-4)

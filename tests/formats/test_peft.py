@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from pathlib import Path
@@ -135,8 +134,6 @@ EVERY = [
     ("llama", PTuning(3)),
     ("gpt2", PTuning(3, encoder="mlp")),
 ]
-#: peft hands prefixes to encoders under a name that newer transformers have dropped
-OLD_CACHE = "past_key_values" in inspect.signature(transformers.BertModel.forward).parameters
 
 
 def _id(value) -> str:
@@ -153,20 +150,56 @@ def test_there_and_back(kind, method, tmp_path):
     shake(model)
     expected = output(model, kind)
     export_peft(model, tmp_path / "a")
-    if kind != "bert" or OLD_CACHE or not isinstance(method, PrefixTuning):
-        theirs = reread(BASES[kind](), tmp_path / "a")
-        found = output(theirs, kind, expected.shape[1])
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        if method.mergeable:
-            merge_and_unload(model)
-            merged = theirs.merge_and_unload() if not isinstance(method, BitFit) else theirs.get_base_model()
-            for name, value in merged.state_dict().items():
-                torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    theirs = reread(BASES[kind](), tmp_path / "a")
+    found = output(theirs, kind, expected.shape[1])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if method.mergeable:
+        merge_and_unload(model)
+        merged = theirs.merge_and_unload() if not isinstance(method, BitFit) else theirs.get_base_model()
+        for name, value in merged.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
     again = BASES[kind]()
     import_peft(again, tmp_path / "a")
     torch.testing.assert_close(output(again, kind), expected, atol=1e-5, rtol=1e-5)
     export_peft(again, tmp_path / "b")
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+
+
+def headless(name: str) -> nn.Module:
+    """A small transformers model that is no language model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "pad_token_id": 0}
+    other = {"n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**(other | sizes if "GPT2" in name else sizes | {"intermediate_size": 36}))).eval()
+
+
+HEADLESS = [
+    *("BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering", "BertModel"),
+    *("LlamaForSequenceClassification", "GPT2ForTokenClassification", "GPT2Model"),
+]
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_prefixes_of_models_that_are_no_language_models(name, tmp_path):
+    """peft must run the folder, not only read it; rows padded on the right are the same there."""
+    model = headless(name)
+    inject(model, PrefixTuning(3, positions="shift"))
+    shake(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        export_peft(model, tmp_path)
+    pairs = [w for w in told if "ignores token_type_ids" in str(w.message)]
+    assert len(pairs) == ("Bert" in name) and all(w.filename == __file__ for w in pairs)
+    theirs = reread(headless(name), tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(ids, attention_mask=(ids != 0).long())[0]
+        found = theirs(input_ids=ids, attention_mask=(ids != 0).long())[0]
+        plain = headless(name)(ids, attention_mask=(ids != 0).long())[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
 
 
 class Layers(nn.Module):
@@ -457,12 +490,13 @@ REFUSED = [
     ("llama", PrefixTuning(3), r"Train with PrefixTuning\(positions='shift'\)"),
     ("llama", PrefixTuning(3, positions="shift", layers=[1]), "a prefix in each of the 2 layers, here 1 have one"),
     ("bart", PrefixTuning(3, positions="shift"), "gives layer i the keys and values of layer 2i"),
+    ("choice", PrefixTuning(3, positions="shift"), "BertForMultipleChoice takes several texts in a row"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "method", "message"), REFUSED, ids=_id)
 def test_refusals_of_methods(kind, method, message, tmp_path):
-    model = BASES[kind]()
+    model = headless("BertForMultipleChoice") if kind == "choice" else BASES[kind]()
     inject(model, method)
     with pytest.raises(PEFTError, match=message):
         export_peft(model, tmp_path / "a")
