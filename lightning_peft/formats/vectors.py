@@ -97,13 +97,13 @@ def read_adalora(folder: Folder, root: nn.Module) -> Incoming:
     method = AdaLoRA(**given, target_modules=list(modules))
     kept = {k.removesuffix(".lora_E"): v for k, v in (config.get("rank_pattern") or {}).items()}
     tensors = {}
-    for name in modules:
+    for name, module in modules.items():
         A, B, E = (found[name][leaf] for leaf in ("lora_A", "lora_B", "lora_E"))
         mask = torch.tensor(kept.get(name) or [True] * method.init_r)
         if int(mask.sum()) != len(A):
             raise folder.refuse(f"{name!r} holds {len(A)} triplets, its rank_pattern says {int(mask.sum())}.")
         A, B = _put(A, mask, 0), _put(B, mask, 1)
-        kernel = tuple(getattr(modules[name], "kernel_size", ()))
+        kernel = module.kernel_size if isinstance(module, nn.Conv2d) else ()
         if kernel and A.shape[1] % math.prod(kernel) == 0:  # else it is another convolution's, which shapes will say
             A, B = A.unflatten(1, (-1, *kernel)), B.view(*B.shape, *(1,) * len(kernel))
         tensors[f"{name}.delta.lora_A"] = A

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 
 import pytest
@@ -33,6 +32,7 @@ from lightning_peft import (
     unload,
 )
 from lightning_peft.bottleneck.sites import find_sites
+from lightning_peft.compare.cost import kept_bytes
 from tests.contract.battery import shake
 from tests.foreign import blocks
 from tests.foreign.blocks import BLOCKS, Network
@@ -419,7 +419,25 @@ def test_all_linear_leaves_experts_frozen_and_says_so():
     frozen = [row for row in summarize(model)["frozen"] if row["name"].endswith("experts")]
     assert frozen and frozen[0]["parameters"] == sum(p.numel() for p in experts.parameters())
     text = describe(model)
-    assert "experts" in text and "target_modules" in text and max(map(len, text.splitlines())) <= 80
+    assert "frozen experts: model.layers.*.mlp.experts (4,608)" in text and max(map(len, text.splitlines())) <= 80
+    assert "target_modules=['all-linear', 'experts'] trains them too" in " ".join(text.split())
+    unload(model)
+    inject(model, LoRA(r=2, target_modules=["all-linear", "experts"]))
+    assert "frozen experts" not in describe(model) and "model.layers.0.mlp.experts" in adapters(model)
+
+
+@pytest.mark.parametrize("method", [LoRA(target_modules="attention"), Houlsby()])
+def test_how_to_train_experts_is_said_to_those_who_may_expect_it(method):
+    """Not after other words, and not by methods that cannot adapt them."""
+    model = mixture()
+    inject(model, method)
+    assert "frozen experts: model.layers.*.mlp.experts" in describe(model) and "target_modules" not in describe(model)
+
+
+def test_experts_in_a_part_that_is_frozen_as_a_whole_are_not_told_apart():
+    model = mixture()
+    inject(model, LoRA(target_modules="lm_head"))
+    assert summarize(model)["frozen"] == [{"name": "model", "parameters": 6720}]
 
 
 def test_named_experts_train_and_the_table_says_what_they_keep():
@@ -430,4 +448,25 @@ def test_named_experts_train_and_the_table_says_what_they_keep():
     assert adapters(model) and all(name.startswith("model.layers.0.mlp.experts") for name in adapters(model))
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in experts.delta.parameters())
-    assert re.search(r"(?s)experts.*(cop(y|ies)|keeps?|kept)", describe(model))
+    assert summarize(model)["corrected_weights"] == {"modules": 1, "bytes": 4 * 4608}
+    assert "corrected at the weight: 1 module, a copy of 18.4 kB kept until backward" in describe(model)
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_what_the_table_says_is_what_a_step_keeps():
+    model, x = nn.Sequential(OwnForward(64, 64), nn.Linear(64, 64)).bfloat16(), torch.randn(1, 64).bfloat16()
+    x.requires_grad_()
+    inject(model, LoRA(r=1))
+    assert summarize(model)["corrected_weights"] == {"modules": 1, "bytes": 2 * 64 * 64}
+    kept = kept_bytes(model, lambda: model[0](x).sum())
+    assert 0 <= kept - 2 * 64 * 64 < 2 * 64 * 64 / 8  # beside the copy only x and scaled B
+
+
+def test_torch_attention_keeps_copies_of_both_its_weights():
+    model = nn.Sequential(nn.MultiheadAttention(16, 2))
+    inject(model, LoRA(r=1))
+    assert summarize(model)["corrected_weights"] == {"modules": 2, "bytes": 4 * (3 + 1) * 16 * 16}
