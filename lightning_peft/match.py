@@ -2,7 +2,8 @@
 
 A pattern without a wildcard is a full dotted name or its trailing dotted part (``q_proj``); with ``* ? [`` it is a
 glob over the full name; ``re:`` starts a regular expression. The words ``all-linear``, ``attention``, ``mlp``,
-``key-value`` and ``down-projection`` stand for roles and need no names.
+``key-value`` and ``down-projection`` stand for roles and need no names. Where a model has no layers in the role of a
+word, the word is a name like any other: ``mlp`` then means the modules that are called so.
 """
 
 from __future__ import annotations
@@ -165,8 +166,15 @@ def select(
     for pattern, ban in zip(as_patterns(exclude), banned, strict=True):
         if modules and not any(ban(prefix + name) or ban(name) for name in modules):
             raise NoMatchError(f"{method}: exclude_modules={pattern!r} matches no module, so it would do nothing.")
-    others = other_names or {}
-    tests = [_word(p, linear, set(heads)) if p in WORDS else _named(matcher(p), prefix, others) for p in wanted]
+    tests = []
+    for pattern in wanted:
+        test = _named(matcher(pattern), prefix, other_names or {})
+        if pattern in WORDS:
+            # a word means modules of its role; where there are none, modules of that very name
+            role_test = _word(pattern, linear, set(heads))
+            if any(role_test(name, module) and kinds(module) for name, module in modules.items()):
+                test = role_test
+        tests.append(test)
     if len(wanted) > 1 and modules:
         # With several patterns each must find something to adapt: what one of them misses, no other may hide.
         for pattern, test in zip(wanted, tests, strict=True):
@@ -205,10 +213,12 @@ def means(patterns: str | Sequence[str], name: str, module: nn.Module, linear: C
     >>> means("down-projection", "layers.0.mlp.down_proj", nn.Linear(1, 1), bool), means("net.0", "0", nn.Tanh(), bool)
     (True, True)
     """
-    return any(
-        _word(p, linear, set())(name, module) if p in WORDS else matcher(p)(name) or p.endswith("." + name)
-        for p in as_patterns(patterns)
-    )
+    for pattern in as_patterns(patterns):
+        if pattern in WORDS and _word(pattern, linear, set())(name, module):
+            return True
+        if matcher(pattern)(name) or pattern.endswith("." + name):
+            return True
+    return False
 
 
 def _named(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Delta
+from lightning_peft.adapted import Adapted, CorrectedWeights, Delta, base_tensor
 from lightning_peft.fingerprint import logical_shape
+from lightning_peft.lowrank import stacked
+from lightning_peft.match import as_patterns
+from lightning_peft.method import Method
 from lightning_peft.paths import size as size
 from lightning_peft.trainable import adapter_names, adapter_tensors, model_tensors, require
 
@@ -21,7 +25,10 @@ def summarize(model: nn.Module) -> dict[str, Any]:
         ``adapter_bytes`` (what a checkpoint holds) and ``base_bytes``, ``targets``: a row for each kind of adapted
         module with ``name`` (layer numbers as ``*``), ``modules``, ``parameters`` and ``bytes``,
         ``saved_modules`` and ``new_modules`` (trained in full), ``frozen``: the top modules in which nothing trains,
-        with their sizes, and ``fingerprint`` of the base.
+        with their sizes, ``frozen_experts``: those of them that are stacked experts, with the methods that could adapt
+        them, ``corrected_weights``: how many modules are corrected at their weights, and how many ``bytes`` of
+        corrected copies a training step keeps until its backward pass (DoRA twice as many), and ``fingerprint`` of the
+        base.
 
     >>> from torch import nn
     >>> from lightning_peft import LoRA, inject, summarize
@@ -39,6 +46,8 @@ def summarize(model: nn.Module) -> dict[str, Any]:
     trainable = {n: p for n, p in parameters.items() if n in trained or p.requires_grad}
     total = sum(_count(p) for p in parameters.values())
     count = sum(_count(p) for p in trainable.values())
+    frozen = _frozen(root, trainable)
+    experts = _frozen_experts(root, injection.methods, trainable, [part["name"] for part in frozen])
     return {
         "methods": [{"name": type(m).__name__, **m.config()} for m in injection.methods],
         "trainable": count,
@@ -49,7 +58,9 @@ def summarize(model: nn.Module) -> dict[str, Any]:
         "targets": _rows(trainable),
         "saved_modules": list(injection.saved),
         "new_modules": list(injection.new),
-        "frozen": _frozen(root, trainable),
+        "frozen": frozen + [row for row in experts if row["name"] not in {part["name"] for part in frozen}],
+        "frozen_experts": experts,
+        "corrected_weights": _corrected_weights(root),
         "fingerprint": injection.base["values"],
     }
 
@@ -87,11 +98,32 @@ def describe(model: nn.Module) -> str:
     lines += [f"  {_short(t['name']):<{width}}  {t['modules']:>7} {t['parameters']:>12,}" for t in s["targets"]]
     if s["new_modules"]:
         lines.append(f"  new, trained in full: {', '.join(s['new_modules'])}")
-    if s["frozen"]:
-        shown = [f"{f['name']} ({f['parameters']:,})" for f in s["frozen"][:6]]
-        more = f" and {len(s['frozen']) - 6} more" if len(s["frozen"]) > 6 else ""
+    if count := s["corrected_weights"]["modules"]:
+        copies = f"{count} modules, copies" if count > 1 else "1 module, a copy"
+        lines.append(
+            f"  corrected at the weight: {copies} of {size(s['corrected_weights']['bytes'])} kept until backward"
+        )
+    experts = s["frozen_experts"]
+    frozen = [row for row in s["frozen"] if row["name"] not in {expert["name"] for expert in experts}]
+    if frozen:
+        shown = [f"{f['name']} ({f['parameters']:,})" for f in frozen[:6]]
+        more = f" and {len(frozen) - 6} more" if len(frozen) > 6 else ""
         lines.append(f"  frozen: {', '.join(shown)}{more}")
+    lines += [f"  frozen experts: {_short(row['name'])} ({row['parameters']:,})" for row in experts]
+    lines += textwrap.wrap(_how_to_train(s), 80, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def _how_to_train(summary: dict[str, Any]) -> str:
+    """What to name so that frozen experts train, if a word was given that might be taken to mean them."""
+    for method in summary["methods"]:
+        rows = [row for row in summary["frozen_experts"] if method["name"] in row["adaptable_by"]]
+        patterns = as_patterns(method.get("target_modules"))
+        words = [pattern for pattern in patterns if pattern in ("all-linear", "mlp")]
+        if rows and words:
+            endings = dict.fromkeys(row["name"].rpartition(".")[2] for row in rows)
+            return f"{words[0]} leaves stacked experts out; target_modules={[*patterns, *endings]} trains them too"
+    return ""
 
 
 def _rows(trainable: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
@@ -100,7 +132,7 @@ def _rows(trainable: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     seen: set[str] = set()
     for name, parameter in trainable.items():
         owner = name.rpartition(".")[0] or name
-        row = ".".join("*" if i and part.isdigit() else part for i, part in enumerate(owner.split(".")))
+        row = _folded(owner)
         modules[row] += owner not in seen
         seen.add(owner)
         counts[row] += _count(parameter)
@@ -129,6 +161,40 @@ def _frozen(root: nn.Module, trainable: dict[str, nn.Parameter]) -> list[dict[st
 
     visit(root, "")
     return parts
+
+
+def _frozen_experts(
+    root: nn.Module, methods: list[Method], trainable: dict[str, nn.Parameter], frozen: list[str]
+) -> list[dict[str, Any]]:
+    """Stacked experts that stay frozen, but for those inside larger parts that do; layer numbers folded together."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, module in root.named_modules():
+        if not stacked(module) or any(name.startswith(part + ".") for part in frozen):
+            continue
+        if any(n.startswith(name + ".") for n in trainable):
+            continue
+        row = rows.setdefault(_folded(name), {"name": _folded(name), "parameters": 0, "adaptable_by": []})
+        row["parameters"] += sum(_count(p) for p in module.parameters())
+        row["adaptable_by"] = [type(m).__name__ for m in methods if m.adapts(module)]
+    return list(rows.values())
+
+
+def _corrected_weights(root: nn.Module) -> dict[str, int]:
+    """The modules that are corrected at their weights, and the size of those weights."""
+    layers = {}
+    for module in root.modules():
+        if isinstance(module, CorrectedWeights):
+            layers[id(module)] = module
+        projection = getattr(module, "out_proj", None)
+        if isinstance(module, nn.MultiheadAttention) and isinstance(projection, Adapted):  # it reads that weight
+            layers[id(projection)] = projection
+    weights = [base_tensor(layer, name) for layer in layers.values() for name in layer._corrected_names()]
+    return {"modules": len(layers), "bytes": sum(_bytes(weight) for weight in weights)}
+
+
+def _folded(name: str) -> str:
+    """A name with the numbers of layers as stars."""
+    return ".".join("*" if i and part.isdigit() else part for i, part in enumerate(name.split(".")))
 
 
 def _short(name: str, width: int = 48) -> str:

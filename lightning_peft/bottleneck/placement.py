@@ -33,8 +33,9 @@ class AdapterMethod(Method):
     """Base of the bottleneck adapters: a subclass says for which roles, where, and what its correction is.
 
     Without ``target_modules`` an adapter goes to each sub-layer of the class's roles; the words ``attention`` and
-    ``mlp`` choose roles; any other pattern puts one at each module it matches. A module where a known sub-layer ends is
-    treated as published however it was chosen, so that placement follows from the name alone (a file holds names).
+    ``mlp`` choose roles, or modules of that name in a model whose layers are not known; any other pattern puts one at
+    each module it matches. A module where a known sub-layer ends is treated as published however it was chosen, so that
+    placement follows from the name alone (a file holds names).
     """
 
     mergeable: ClassVar[bool] = False
@@ -68,7 +69,11 @@ class AdapterMethod(Method):
         words, patterns = self._asked()
         chosen: dict[str, nn.Module] = {}
         if words:
-            chosen = {name: model.get_submodule(name) for name in self._sites(model, words)}
+            sites = self._sites(model, words)
+            chosen = {name: model.get_submodule(name) for name in sites}
+            if getattr(self, "target_modules", None) is not None:
+                roles = {site.role for site in sites.values()}
+                chosen |= self._called(model, [word for word in words if word not in roles])
             if not chosen:
                 raise unknown(type(self).__name__, model)
             chosen = self._filtered(chosen, prefix)
@@ -96,6 +101,14 @@ class AdapterMethod(Method):
         """Name of the module to adapt -> its place."""
         found = [s for s in find_sites(base_modules(model)) if s.role in words]
         return {(s.norm if s.post and self.reads == "sum" else s.output): s for s in found}
+
+    def _called(self, model: nn.Module, words: list[str]) -> dict[str, nn.Module]:
+        """Modules whose own name is one of these words: in layers that no table knows, that is what the word means."""
+        found = {}
+        for name, module in candidates(model).items():
+            if name.rpartition(".")[2] in words and self.adapts(module):
+                found[name] = module
+        return found
 
     def _filtered(self, chosen: dict[str, nn.Module], prefix: str) -> dict[str, nn.Module]:
         exclude, layers = getattr(self, "exclude_modules", None), getattr(self, "layers", None)

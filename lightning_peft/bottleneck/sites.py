@@ -4,8 +4,10 @@ A sub-layer (attention, feed-forward) computes ``h`` from the residual ``x``. Po
 ``LN(h + x)``, pre-norm models with ``h + x``. A row names, relative to the layer, the module whose output is ``h``, the
 module whose input is ``x``, and a normalisation: it has the width of ``h``, and in post-norm models it takes ``h + x``.
 
-Where a model applies dropout to ``h`` by a function and not by a module (BART, Whisper, ViT), the output named here is
-``h`` before that dropout. Cross-attention has no row: no published default adapts it.
+``h`` is what joins the residual: where a model scales each sub-layer (LayerScale), it is the scaled output. Where a
+model applies dropout to ``h`` by a function and not by a module (BART, Whisper, ViT), the output named here is ``h``
+before that dropout; the same holds for stochastic depth, unless the scale is no module of its own (EVA, BEiT), so that
+``h`` can only be read behind it. Cross-attention has no row: no published default adapts it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +23,8 @@ from lightning_peft.errors import NoMatchError
 
 ROLES = ("attention", "mlp")
 Place = tuple[str, str, str]
+#: normalisations of feature maps, whose features are not in the last dimension
+_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -27,19 +32,25 @@ class Layout:
     """One kind of layer: the places of its roles, and what tells it from others."""
 
     models: str
-    attention: Place | None  # (output: its output is h, source: its input is x, norm)
+    attention: Place | None  # (output: its output is h, source: its input is x ("" for the layer itself), norm)
     mlp: Place | None
     post: bool = False  # norm takes h + x
     needs: str = ""  # a further module the layer has
     kind: str = ""  # expression over the names of the layer's class and its bases, where names do not tell
-    flag: tuple[str, bool] | None = None  # an attribute of the layer that decides
+    flag: tuple[str, Any] | None = None  # an attribute of the layer that decides, and its value; None if it has none
+
+    def places(self) -> list[Place]:
+        """The places of all roles that the layer has."""
+        return [place for place in (self.attention, self.mlp) if place is not None]
 
     def fits(self, name: str, layer: nn.Module, names: Mapping[str, nn.Module]) -> bool:
         """Whether the module called ``name`` is such a layer."""
-        paths = {*(self.attention or ()), *(self.mlp or ()), *([self.needs] if self.needs else [])}
-        if not all(_join(name, p) in names for p in paths):
+        paths = [path for place in self.places() for path in place] + ([self.needs] if self.needs else [])
+        if not all(_join(name, path) in names for path in paths):
             return False
         if self.kind and not any(re.match(self.kind, c.__name__) for c in type(layer).__mro__):
+            return False
+        if any(isinstance(names[_join(name, place[2])], _OVER_CHANNELS) for place in self.places()):
             return False
         return self.flag is None or getattr(layer, self.flag[0], None) == self.flag[1]
 
@@ -78,6 +89,9 @@ LAYOUTS = (
         post=True,
     ),
     Layout("DistilBERT", ("attention", "attention", "sa_layer_norm"), ("ffn", "ffn", "output_layer_norm"), post=True),
+    # open_clip's blocks over another sequence have a norm for it; their attention is cross-attention
+    Layout("open_clip's ViT and text tower", None, ("ls_2", "ln_2", "ln_2"), needs="ln_1_kv"),
+    Layout("open_clip's ViT and text tower", ("ls_1", "ln_1", "ln_1"), ("ls_2", "ln_2", "ln_2"), needs="attn"),
     Layout("GPT-2, GPT-Neo", ("attn", "ln_1", "ln_1"), ("mlp", "ln_2", "ln_2")),
     Layout(
         "Gemma 2 and 3",
@@ -120,6 +134,66 @@ LAYOUTS = (
         "ViT, DeiT",
         ("attention", "layernorm_before", "layernorm_before"),
         ("mlp", "layernorm_after", "layernorm_after"),
+    ),
+    # a block over windows (SAM) takes its input apart between norm and attention, so that h and x differ in shape
+    Layout(
+        "timm's ViT, DeiT",
+        ("ls1", "norm1", "norm1"),
+        ("ls2", "norm2", "norm2"),
+        needs="attn",
+        kind=r"(Block|RelPosBlock|SelfAttentionBlock)$",
+        flag=("window_size", None),
+    ),
+    Layout(
+        "timm's Swin v2 and other post-norm ViT",
+        ("drop_path1", "", "norm1"),
+        ("drop_path2", "mlp", "norm2"),
+        needs="attn",
+        kind=r"(SwinTransformerV2Block|ResPostBlock|ResPostRelPosBlock|EvaBlockPostNorm)$",
+    ),
+    Layout(
+        "timm's EVA, DINOv3, BEiT",
+        ("drop_path1", "norm1", "norm1"),
+        ("drop_path2", "norm2", "norm2"),
+        needs="attn",
+        kind=r"(Block|EvaBlock|DeepseekVitBlock)$",
+        flag=("window_size", None),
+    ),
+    Layout(
+        "timm's Swin",
+        ("drop_path1", "norm1", "norm1"),
+        ("drop_path2", "norm2", "norm2"),
+        needs="attn",
+        kind="SwinTransformerBlock$",
+    ),
+    # blocks of timm's first versions, which DeiT, MAE and DINO copied: one drop path for both sub-layers
+    Layout(
+        "timm's ViT, DeiT",
+        ("attn", "norm1", "norm1"),
+        ("mlp", "norm2", "norm2"),
+        needs="drop_path",
+        kind="Block$",
+    ),
+    Layout(
+        "torchvision's ViT",
+        ("dropout", "ln_1", "ln_1"),
+        ("mlp", "ln_2", "ln_2"),
+        needs="self_attention",
+        kind="EncoderBlock$",
+    ),
+    Layout(
+        "torchvision's Swin v2",
+        ("norm1", "attn", "norm1"),
+        ("norm2", "mlp", "norm2"),
+        needs="stochastic_depth",
+        kind="SwinTransformerBlockV2$",
+    ),
+    Layout(
+        "torchvision's Swin",
+        ("attn", "norm1", "norm1"),
+        ("mlp", "norm2", "norm2"),
+        needs="stochastic_depth",
+        kind="SwinTransformerBlock$",
     ),
     Layout("CLIP, SigLIP", ("self_attn", "layer_norm1", "layer_norm1"), ("mlp", "layer_norm2", "layer_norm2")),
     Layout("ModernBERT", ("attn", "attn_norm", "mlp_norm"), ("mlp", "mlp_norm", "mlp_norm")),
@@ -203,4 +277,4 @@ def unknown(method: str, model: nn.Module) -> NoMatchError:
 
 
 def _join(name: str, path: str) -> str:
-    return f"{name}.{path}" if name else path
+    return f"{name}.{path}" if name and path else name or path

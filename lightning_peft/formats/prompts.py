@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import PEFTError
 from lightning_peft.formats.folder import COMMON, PROMPT, Folder, Incoming, Outgoing
-from lightning_peft.formats.naming import task_of
+from lightning_peft.formats.naming import TASK_MODULES, task_of
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.ptuning import PTuning
@@ -53,7 +54,27 @@ def write_prefix(root: nn.Module, method: PrefixTuning, names: list[str]) -> Out
         "prefix_projection": False,
     }
     table = torch.cat([t.flatten(1) for pair in pairs for t in pair], 1)
-    return Outgoing(fields, {_KEY: table}, PROMPT)
+    return Outgoing(fields | _prefix_task(root), {_KEY: table}, PROMPT)
+
+
+def _prefix_task(root: nn.Module) -> dict[str, Any]:
+    """The task under which peft hands a prefix over to a model without a language model head.
+
+    peft's classes for classification look for an argument ``past_key_values``, which newer transformers call ``cache``,
+    and give up; without a task it leaves the prefix out. Its class for feature extraction passes the prefix to any
+    model and returns what that gives, but drops token type ids.
+    """
+    task = task_of(root)
+    if task in _PROMPT_TASKS or (task in TASK_MODULES and "past_key_values" in _arguments(root)):
+        return {}
+    types = getattr(root.config, "type_vocab_size", 0)
+    if isinstance(types, int) and types > 1 and "token_type_ids" in inspect.signature(type(root).forward).parameters:
+        warnings.warn(
+            f"peft runs the prefix of {type(root).__name__} in its class for feature extraction, which ignores"
+            " token_type_ids: what is given as a pair of texts gets other results there.",
+            stacklevel=4,
+        )
+    return {"task_type": "FEATURE_EXTRACTION"}
 
 
 def _pair(module: PrefixedAttention) -> tuple[Tensor, Tensor]:
@@ -71,6 +92,8 @@ def _check_prefix(root: nn.Module, method: PrefixTuning, names: list[str]) -> No
         )
     elif not hasattr(root, "config") or not _takes_cache(root):
         reason = f"peft hands prefixes over as a cache, which {type(root).__name__} does not take"
+    elif type(root).__name__.endswith("ForMultipleChoice"):
+        reason = f"peft makes one prefix for each row, and {type(root).__name__} takes several texts in a row"
     elif _encoder_decoder(root):
         reason = (
             "in an encoder-decoder peft gives layer i the keys and values of layer 2i, so that layers share them."
@@ -83,9 +106,13 @@ def _check_prefix(root: nn.Module, method: PrefixTuning, names: list[str]) -> No
 
 
 def _takes_cache(root: nn.Module) -> bool:
+    return not _arguments(root).isdisjoint({"past_key_values", "cache"})  # the second is its name in newer transformers
+
+
+def _arguments(root: nn.Module) -> set[str]:
+    """Names of what a model and the model without its head take."""
     models = [root, getattr(root, "base_model", root)]
-    names = {n for m in models for n in inspect.signature(type(m).forward).parameters}
-    return bool(names & {"past_key_values", "cache"})  # the second is its name in newer transformers
+    return {name for model in models for name in inspect.signature(type(model).forward).parameters}
 
 
 def _layers(root: nn.Module) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_peft.adapted import is_conv1d
 from lightning_peft.errors import PEFTError
@@ -26,19 +27,24 @@ _ADALORA = CHOOSING | {
 
 # ---- AdaLoRA -------------------------------------------------------------------------------------------------------
 def write_adalora(root: nn.Module, method: AdaLoRA, names: list[str]) -> Outgoing:
-    """All triplets; a pruned one has E = 0, so nothing needs to be cut. ``total_step`` is the least that peft takes."""
+    """All triplets; a pruned one has E = 0, so nothing needs to be cut. ``total_step`` is the least that peft takes.
+
+    Raises:
+        PEFTError: a layer that peft's AdaLoRA does not take, or computes in another way.
+    """
     tensors = {}
     for name in names:
         module: Any = root.get_submodule(name)
-        if not isinstance(module, LowRankLinear) or isinstance(module, (LowRankConv, LowRankEmbedding)):
+        if reason := _adalora_obstacle(module):
             raise PEFTError(
-                f"{name!r} ({type(module).__name__}) cannot be exported to peft: its AdaLoRA takes linear layers"
-                " and Conv1D only. save_merged(model, folder) writes the merged model."
+                f"{name!r} ({type(module).__name__}) cannot be exported to peft: {reason}. save_merged(model, folder)"
+                " writes the merged model, save_adapter(model, path) our own file."
             )
         delta = module.delta
+        # peft keeps the factors of a convolution as matrices
         tensors |= {
-            f"{TUNER}{name}.lora_A": delta.lora_A,
-            f"{TUNER}{name}.lora_B": delta.lora_B,
+            f"{TUNER}{name}.lora_A": delta.lora_A.flatten(1),
+            f"{TUNER}{name}.lora_B": delta.lora_B.flatten(1),
             f"{TUNER}{name}.lora_E": delta.lora_E.unsqueeze(1),
         }
     fields = {
@@ -63,6 +69,22 @@ def write_adalora(root: nn.Module, method: AdaLoRA, names: list[str]) -> Outgoin
     return Outgoing(fields, tensors)
 
 
+def _adalora_obstacle(module: Any) -> str:
+    """Why peft's AdaLoRA cannot take a layer, or nothing."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this layer's weight, which peft does not correct"
+    if isinstance(module, LowRankEmbedding) or not isinstance(module, LowRankLinear):
+        return "its AdaLoRA takes linear layers, Conv1D and Conv2d only"
+    if isinstance(module, LowRankConv):
+        if not isinstance(module, nn.Conv2d):
+            return "of convolutions its AdaLoRA takes Conv2d only"
+        if module.groups > 1:
+            return f"its AdaLoRA cannot take a convolution with groups={module.groups}"
+        if module.padding_mode != "zeros":
+            return f"its AdaLoRA ignores padding_mode={module.padding_mode!r} of a convolution"
+    return ""
+
+
 def read_adalora(folder: Folder, root: nn.Module) -> Incoming:
     """Triplets that peft has cut off come back with E = 0."""
     config = folder.config
@@ -75,13 +97,17 @@ def read_adalora(folder: Folder, root: nn.Module) -> Incoming:
     method = AdaLoRA(**given, target_modules=list(modules))
     kept = {k.removesuffix(".lora_E"): v for k, v in (config.get("rank_pattern") or {}).items()}
     tensors = {}
-    for name in modules:
+    for name, module in modules.items():
         A, B, E = (found[name][leaf] for leaf in ("lora_A", "lora_B", "lora_E"))
         mask = torch.tensor(kept.get(name) or [True] * method.init_r)
         if int(mask.sum()) != len(A):
             raise folder.refuse(f"{name!r} holds {len(A)} triplets, its rank_pattern says {int(mask.sum())}.")
-        tensors[f"{name}.delta.lora_A"] = _put(A, mask, 0)
-        tensors[f"{name}.delta.lora_B"] = _put(B, mask, 1)
+        A, B = _put(A, mask, 0), _put(B, mask, 1)
+        kernel = module.kernel_size if isinstance(module, nn.Conv2d) else ()
+        if kernel and A.shape[1] % math.prod(kernel) == 0:  # else it is another convolution's, which shapes will say
+            A, B = A.unflatten(1, (-1, *kernel)), B.view(*B.shape, *(1,) * len(kernel))
+        tensors[f"{name}.delta.lora_A"] = A
+        tensors[f"{name}.delta.lora_B"] = B
         tensors[f"{name}.delta.lora_E"] = _put(E.flatten(), mask, 0)
     return Incoming(method, modules, tensors, known)
 

@@ -10,6 +10,7 @@ from lightning_peft.lowrank.adapting import factors_of as factors_of
 from lightning_peft.lowrank.adapting import frozen_names as frozen_names
 from lightning_peft.lowrank.adapting import is_linear as is_linear
 from lightning_peft.lowrank.adapting import places as places
+from lightning_peft.lowrank.adapting import stacked as stacked
 from lightning_peft.lowrank.adapting import with_output as with_output
 from lightning_peft.lowrank.factors import LowRank as LowRank
 from lightning_peft.lowrank.factors import Place as Place

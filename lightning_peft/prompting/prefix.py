@@ -190,6 +190,16 @@ def heads_of(module: nn.Module, name: str) -> Heads:
         groups = groups or (total // (kinds * width) if width else None)
         if width and groups:
             return Heads(groups, width, width)
+    elif "kv" in parts and (width or count):  # keys and values from one layer, queries from another (timm)
+        half = _outputs(parts["kv"]) // 2
+        width = width or half // (groups or count)
+        return Heads(half // width, width, width)
+    if not any(True for _ in module.parameters()):
+        raise NoMatchError(
+            f"The attention {name!r} ({type(module).__name__}) has no projections of its own: they stand in the module"
+            " around it, so the heads and widths of its keys and values cannot be read off, and it takes no prefix."
+            " LoRA adapts those projections; exclude_modules leaves this module out."
+        )
     raise NoMatchError(
         f"The attention {name!r} ({type(module).__name__}) does not tell its heads: it needs linear layers named"
         " q_proj/k_proj/v_proj, query/key/value, qkv or c_attn, and an attribute num_heads or head_dim. Rename them,"

@@ -60,6 +60,34 @@ class Block(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+class EvaBlock(nn.Module):
+    """timm's EVA: the scale of a sub-layer is a parameter of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.drop_path1 = nn.LayerNorm(WIDTH), TimmAttention(), nn.Identity()
+        self.gamma_1 = nn.Parameter(torch.full((WIDTH,), 0.7))
+        self.norm2, self.mlp, self.drop_path2 = nn.LayerNorm(WIDTH), TimmMlp(), nn.Identity()
+        self.gamma_2 = nn.Parameter(torch.full((WIDTH,), 0.6))
+
+    def forward(self, x):
+        x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x)))
+
+
+class ResPostBlock(nn.Module):
+    """timm's blocks that normalise what a sub-layer gives, as Swin v2 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm1, self.drop_path1 = TimmAttention(), nn.LayerNorm(WIDTH), nn.Identity()
+        self.mlp, self.norm2, self.drop_path2 = TimmMlp(), nn.LayerNorm(WIDTH), nn.Identity()
+
+    def forward(self, x):
+        x = x + self.drop_path1(self.norm1(self.attn(x)))
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
 class MLPBlock(nn.Sequential):
     """torchvision's."""
 
@@ -118,12 +146,15 @@ class Network(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(x))).mean(1))
 
 
-#: name -> (block, its arguments, the modules that give h in the attention and in the feed-forward part)
+#: name -> (block, its arguments, the modules that give h in the attention and in the feed-forward part, the module
+#: that takes the residual to which the feed-forward part is added)
 BLOCKS = {
-    "timm": (Block, (True,), ("attn", "ls1", "drop_path1"), ("mlp", "ls2", "drop_path2")),
-    "timm_without_scale": (Block, (False,), ("attn", "ls1", "drop_path1"), ("mlp", "ls2", "drop_path2")),
-    "torchvision": (EncoderBlock, (), ("self_attention", "dropout"), ("mlp",)),
-    "open_clip": (ResidualAttentionBlock, (), ("attn", "ls_1"), ("mlp", "ls_2")),
+    "timm": (Block, (True,), ("attn", "ls1", "drop_path1"), ("mlp", "ls2", "drop_path2"), "norm2"),
+    "timm_without_scale": (Block, (False,), ("attn", "ls1", "drop_path1"), ("mlp", "ls2", "drop_path2"), "norm2"),
+    "timm_eva": (EvaBlock, (), ("drop_path1",), ("drop_path2",), "norm2"),
+    "timm_res_post": (ResPostBlock, (), ("norm1", "drop_path1"), ("norm2", "drop_path2"), "mlp"),
+    "torchvision": (EncoderBlock, (), ("self_attention", "dropout"), ("mlp",), "ln_2"),
+    "open_clip": (ResidualAttentionBlock, (), ("attn", "ls_1"), ("mlp", "ls_2"), "ln_2"),
 }
 
 

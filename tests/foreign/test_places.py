@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 
 import pytest
@@ -18,8 +17,8 @@ from lightning_peft import (
     ConfigError,
     Houlsby,
     LoRA,
+    NoMatchError,
     ParallelAdapter,
-    PEFTError,
     Pfeiffer,
     PrefixTuning,
     describe,
@@ -32,6 +31,8 @@ from lightning_peft import (
     trainable_names,
     unload,
 )
+from lightning_peft.bottleneck.sites import find_sites
+from lightning_peft.compare.cost import kept_bytes
 from tests.contract.battery import shake
 from tests.foreign import blocks
 from tests.foreign.blocks import BLOCKS, Network
@@ -54,7 +55,7 @@ def adapters(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_bottlenecks_find_their_places(name, method):
     """One for each of the method's sub-layers, where the sub-layer's h ends; they train, switch off and leave."""
-    _, _, attention, feed_forward = BLOCKS[name]
+    _, _, attention, feed_forward, _ = BLOCKS[name]
     ends = {"attention": attention, "mlp": feed_forward}
     model, x = blocks.build(name).requires_grad_(False), blocks.inputs()
     before, base = anatomy(model), model(x)
@@ -82,7 +83,7 @@ def test_bottlenecks_find_their_places(name, method):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_bottleneck_reads_what_its_sub_layer_gives(name):
     """Houlsby: x + h + up(act(down(h))), whichever module gives h."""
-    kind, arguments, *_ = BLOCKS[name]
+    kind, arguments, *_, takes_residual = BLOCKS[name]
     model, x = blocks.build(name), blocks.inputs()
     inject(model, Houlsby(reduction_factor=4, non_linearity="tanh", target_modules="mlp", layers=[1]))
     shake(model)
@@ -93,12 +94,39 @@ def test_a_bottleneck_reads_what_its_sub_layer_gives(name):
     with torch.no_grad():
         entering = model.blocks[0](model.embed(x))
         attended = {}
-        norm = plain.norm2 if hasattr(plain, "norm2") else plain.ln_2
-        norm.register_forward_pre_hook(lambda module, args: attended.update(x=args[0]))
+        plain.get_submodule(takes_residual).register_forward_pre_hook(lambda _, args: attended.update(x=args[0]))
         h = plain(entering) - attended["x"]
         correction = F.linear(torch.tanh(F.linear(h, delta.down_weight, delta.down_bias)), delta.up_weight)
         expected = attended["x"] + h + correction + delta.up_bias
         close(model.blocks[1](entering), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_output_and_source_of_a_place_add_up_to_the_residual(name):
+    """h + x is what the feed-forward part starts from, or what the block gives (Pfeiffer's and parallel adapters)."""
+    model, x = blocks.build(name), blocks.inputs()
+    modules, taken, given = dict(model.named_modules()), {}, {}
+    for path, module in modules.items():
+        module.register_forward_pre_hook(lambda _, args, path=path: taken.update({path: args[0]}))
+        module.register_forward_hook(lambda _, args, out, path=path: given.update({path: out}))
+    model(x)
+    sites = find_sites(modules)
+    assert [(site.output[:9], site.role) for site in sites] == [
+        (f"blocks.{number}.", role) for number in range(2) for role in ("attention", "mlp")
+    ]
+    for site in sites:
+        block = site.output[:8]
+        total = given[site.output] + taken[site.source]
+        close(total, taken[f"{block}.{BLOCKS[name][-1]}"] if site.role == "attention" else given[block], 1e-6)
+
+
+def test_blocks_that_only_share_the_names_are_refused():
+    windows, maps = blocks.Block(), blocks.Block()
+    windows.window_size = 2  # timm's SAM takes the input apart between norm and attention
+    maps.norm1, maps.norm2 = nn.BatchNorm2d(blocks.WIDTH), nn.BatchNorm2d(blocks.WIDTH)  # timm's Visformer
+    for block in (windows, maps):
+        with pytest.raises(NoMatchError, match=r"timm's ViT, DeiT;.*name modules"):
+            inject(nn.Sequential(block), Houlsby())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -120,20 +148,41 @@ def test_prefixes_in_the_attention_of_vision_packages(name):
     assert anatomy(model) == before
 
 
-def test_attention_without_parameters_takes_no_prefix_or_says_why():
+@pytest.mark.parametrize("projection", [False, True])
+def test_attention_without_parameters_takes_no_prefix_and_says_why(projection):
     """x-transformers keeps the projections around the module that attends."""
-    torch.manual_seed(0)
     model, x = Hold(blocks.Attention()), torch.randn(2, 5, blocks.WIDTH)
     base, before = model(x), anatomy(model)
-    try:
-        inject(model, PrefixTuning(num_virtual_tokens=3))
-    except PEFTError as error:
-        assert "Attend" in str(error) and anatomy(model) == before
-        return
+    with pytest.raises(NoMatchError, match=r"'m.attend' \(Attend\) has no projections of its own.*LoRA adapts those"):
+        inject(model, PrefixTuning(num_virtual_tokens=3, projection=projection))
+    assert anatomy(model) == before and torch.equal(model(x), base)
+
+
+class PooledAttention(nn.Module):
+    """timm's pooling at the end of a SigLIP tower: one learned query, keys and values from one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.latent = blocks.HEADS, nn.Parameter(torch.randn(1, 1, blocks.WIDTH))
+        self.q, self.kv = nn.Linear(blocks.WIDTH, blocks.WIDTH), nn.Linear(blocks.WIDTH, 2 * blocks.WIDTH)
+
+    def forward(self, x):
+        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (blocks.HEADS, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, blocks.HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_a_prefix_in_attention_that_projects_keys_and_values_together():
+    model, x = Hold(PooledAttention()), torch.randn(2, 5, blocks.WIDTH)
+    inject(model, PrefixTuning(num_virtual_tokens=3))
+    delta = model.m.delta
+    assert delta.prefix_key.shape == (3, blocks.HEADS, blocks.WIDTH // blocks.HEADS)
     shake(model)
-    out = model(x)
-    out.square().sum().backward()
-    assert not torch.allclose(out, base) and all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    q = model.m.q(model.m.latent[0]).unflatten(-1, (blocks.HEADS, -1))[0]
+    k, v = model.m.kv(x[0]).unflatten(-1, (2, blocks.HEADS, -1)).unbind(1)
+    keys, values = torch.cat([delta.prefix_key, k]), torch.cat([delta.prefix_value, v])
+    weights = torch.einsum("hd,nhd->hn", q, keys).div(q.shape[-1] ** 0.5).softmax(-1)
+    close(model(x)[0, 0], torch.einsum("hn,nhd->hd", weights, values).flatten(), 1e-5)
 
 
 class Named(nn.Module):
@@ -166,6 +215,20 @@ def test_a_layer_called_like_a_word_is_meant(targets):
     model = nn.Sequential(nn.ModuleDict({targets: nn.Linear(6, 6), "other": nn.Linear(6, 6)}))
     inject(model, LoRA(r=2, target_modules=targets))
     assert adapters(model) == [f"0.{targets}"]
+
+
+def test_a_layer_called_like_a_word_is_scaled_at_its_input():
+    model = nn.Sequential(nn.ModuleDict({"mlp": nn.Linear(6, 8), "other": nn.Linear(8, 6)}))
+    inject(model, IA3(target_modules="mlp", feedforward_modules="mlp"))
+    assert adapters(model) == ["0.mlp"] and len(model[0]["mlp"].delta.ia3_l) == 6
+
+
+@pytest.mark.parametrize("method", [LoRA, Houlsby])
+def test_a_word_keeps_its_meaning_where_layers_are_known(method):
+    """A further module of that name is not meant; its full name says it."""
+    model = nn.ModuleDict({"encoder": encoder(), "mlp": nn.Linear(8, 8)})
+    inject(model, method(target_modules="mlp"))
+    assert all(name.startswith("encoder.layers.") for name in adapters(model))
 
 
 def test_words_keep_their_meaning_where_no_module_has_the_name():
@@ -236,7 +299,7 @@ def test_ia3_scales_the_channels_of_convolutions(name, at_input):
 
 def test_adalora_convolutions_are_exported(tmp_path):
     """peft computes the same from the folder."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion="0.20")
 
     class Images(nn.Module):
         def __init__(self) -> None:
@@ -259,18 +322,14 @@ def test_adalora_convolutions_are_exported(tmp_path):
         close(other(x), model(x), 1e-5)
 
 
-def test_a_prefix_for_a_classifier_is_exported_so_that_peft_runs_it_or_refused(tmp_path):
+def test_a_prefix_for_a_classifier_is_exported_so_that_peft_runs_it(tmp_path):
     peft = pytest.importorskip("peft")
     model, ids = bert(), torch.tensor([[5, 6, 7, 8]])
     inject(model, PrefixTuning(num_virtual_tokens=3, positions="shift", modules_to_save="classifier"))
     shake(model)
-    try:
-        export_peft(model, tmp_path)
-    except PEFTError as error:
-        assert "BertForSequenceClassification" in str(error)
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        export_peft(model, tmp_path)
         other = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
     with torch.no_grad():
         close(other(input_ids=ids).logits, model(ids).logits, 1e-4)
@@ -360,7 +419,25 @@ def test_all_linear_leaves_experts_frozen_and_says_so():
     frozen = [row for row in summarize(model)["frozen"] if row["name"].endswith("experts")]
     assert frozen and frozen[0]["parameters"] == sum(p.numel() for p in experts.parameters())
     text = describe(model)
-    assert "experts" in text and "target_modules" in text and max(map(len, text.splitlines())) <= 80
+    assert "frozen experts: model.layers.*.mlp.experts (4,608)" in text and max(map(len, text.splitlines())) <= 80
+    assert "target_modules=['all-linear', 'experts'] trains them too" in " ".join(text.split())
+    unload(model)
+    inject(model, LoRA(r=2, target_modules=["all-linear", "experts"]))
+    assert "frozen experts" not in describe(model) and "model.layers.0.mlp.experts" in adapters(model)
+
+
+@pytest.mark.parametrize("method", [LoRA(target_modules="attention"), Houlsby()])
+def test_how_to_train_experts_is_said_to_those_who_may_expect_it(method):
+    """Not after other words, and not by methods that cannot adapt them."""
+    model = mixture()
+    inject(model, method)
+    assert "frozen experts: model.layers.*.mlp.experts" in describe(model) and "target_modules" not in describe(model)
+
+
+def test_experts_in_a_part_that_is_frozen_as_a_whole_are_not_told_apart():
+    model = mixture()
+    inject(model, LoRA(target_modules="lm_head"))
+    assert summarize(model)["frozen"] == [{"name": "model", "parameters": 6720}]
 
 
 def test_named_experts_train_and_the_table_says_what_they_keep():
@@ -371,4 +448,25 @@ def test_named_experts_train_and_the_table_says_what_they_keep():
     assert adapters(model) and all(name.startswith("model.layers.0.mlp.experts") for name in adapters(model))
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in experts.delta.parameters())
-    assert re.search(r"(?s)experts.*(cop(y|ies)|keeps?|kept)", describe(model))
+    assert summarize(model)["corrected_weights"] == {"modules": 1, "bytes": 4 * 4608}
+    assert "corrected at the weight: 1 module, a copy of 18.4 kB kept until backward" in describe(model)
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_what_the_table_says_is_what_a_step_keeps():
+    model, x = nn.Sequential(OwnForward(64, 64), nn.Linear(64, 64)).bfloat16(), torch.randn(1, 64).bfloat16()
+    x.requires_grad_()
+    inject(model, LoRA(r=1))
+    assert summarize(model)["corrected_weights"] == {"modules": 1, "bytes": 2 * 64 * 64}
+    kept = kept_bytes(model, lambda: model[0](x).sum())
+    assert 0 <= kept - 2 * 64 * 64 < 2 * 64 * 64 / 8  # beside the copy only x and scaled B
+
+
+def test_torch_attention_keeps_copies_of_both_its_weights():
+    model = nn.Sequential(nn.MultiheadAttention(16, 2))
+    inject(model, LoRA(r=1))
+    assert summarize(model)["corrected_weights"] == {"modules": 2, "bytes": 4 * (3 + 1) * 16 * 16}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from pathlib import Path
@@ -135,8 +134,6 @@ EVERY = [
     ("llama", PTuning(3)),
     ("gpt2", PTuning(3, encoder="mlp")),
 ]
-#: peft hands prefixes to encoders under a name that newer transformers have dropped
-OLD_CACHE = "past_key_values" in inspect.signature(transformers.BertModel.forward).parameters
 
 
 def _id(value) -> str:
@@ -153,20 +150,56 @@ def test_there_and_back(kind, method, tmp_path):
     shake(model)
     expected = output(model, kind)
     export_peft(model, tmp_path / "a")
-    if kind != "bert" or OLD_CACHE or not isinstance(method, PrefixTuning):
-        theirs = reread(BASES[kind](), tmp_path / "a")
-        found = output(theirs, kind, expected.shape[1])
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        if method.mergeable:
-            merge_and_unload(model)
-            merged = theirs.merge_and_unload() if not isinstance(method, BitFit) else theirs.get_base_model()
-            for name, value in merged.state_dict().items():
-                torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    theirs = reread(BASES[kind](), tmp_path / "a")
+    found = output(theirs, kind, expected.shape[1])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if method.mergeable:
+        merge_and_unload(model)
+        merged = theirs.merge_and_unload() if not isinstance(method, BitFit) else theirs.get_base_model()
+        for name, value in merged.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
     again = BASES[kind]()
     import_peft(again, tmp_path / "a")
     torch.testing.assert_close(output(again, kind), expected, atol=1e-5, rtol=1e-5)
     export_peft(again, tmp_path / "b")
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+
+
+def headless(name: str) -> nn.Module:
+    """A small transformers model that is no language model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "pad_token_id": 0}
+    other = {"n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**(other | sizes if "GPT2" in name else sizes | {"intermediate_size": 36}))).eval()
+
+
+HEADLESS = [
+    *("BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering", "BertModel"),
+    *("LlamaForSequenceClassification", "GPT2ForTokenClassification", "GPT2Model"),
+]
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_prefixes_of_models_that_are_no_language_models(name, tmp_path):
+    """peft must run the folder, not only read it; rows padded on the right are the same there."""
+    model = headless(name)
+    inject(model, PrefixTuning(3, positions="shift"))
+    shake(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        export_peft(model, tmp_path)
+    pairs = [w for w in told if "ignores token_type_ids" in str(w.message)]
+    assert len(pairs) == ("Bert" in name) and all(w.filename == __file__ for w in pairs)
+    theirs = reread(headless(name), tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = model(ids, attention_mask=(ids != 0).long())[0]
+        found = theirs(input_ids=ids, attention_mask=(ids != 0).long())[0]
+        plain = headless(name)(ids, attention_mask=(ids != 0).long())[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
 
 
 class Layers(nn.Module):
@@ -216,6 +249,70 @@ def test_layers_of_torch(tmp_path):
     merged = theirs.merge_and_unload().state_dict()
     for name, value in net.state_dict().items():
         torch.testing.assert_close(merged[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+class Images(nn.Module):
+    """Convolutions that peft's AdaLoRA takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.wide = nn.Conv2d(3, 6, (3, 1), stride=2, bias=False), nn.Conv2d(6, 4, 3, padding="same")
+        self.deep, self.head = nn.Conv2d(4, 4, 3, dilation=2, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.deep(torch.tanh(self.wide(self.conv(x))))).mean((-1, -2)))
+
+
+def images() -> nn.Module:
+    torch.manual_seed(0)
+    return Images().eval()
+
+
+@pytest.mark.skipif(not hasattr(peft.tuners.adalora.layer, "SVDConv2d"), reason="peft before 0.20")
+def test_adalora_on_convolutions(tmp_path):
+    net, x = images(), torch.randn(2, 3, 9, 9)
+    inject(net, AdaLoRA(init_r=4, target_r=2, target_modules="*"))
+    shake(net)
+    net.wide.delta.prune(torch.tensor([True, False, True, False]))
+    expected = net(x).detach()
+    export_peft(net, tmp_path / "a")
+    theirs = reread(images(), tmp_path / "a")
+    torch.testing.assert_close(theirs(x), expected, atol=1e-5, rtol=1e-5)
+    again = images()
+    import_peft(again, tmp_path / "a")
+    assert torch.equal(again(x), expected)
+    export_peft(again, tmp_path / "b")
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+    merge_and_unload(net)
+    for name, value in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+    other = images()
+    other.conv = nn.Conv2d(3, 6, (2, 2), stride=2, bias=False)
+    with pytest.raises(CheckpointError, match=r"has other shapes in conv\.delta\.lora_A"):
+        import_peft(other, tmp_path / "a")
+
+
+@pytest.mark.skipif(not hasattr(peft.tuners.adalora.layer, "SVDConv2d"), reason="peft before 0.20")
+def test_a_convolution_that_peft_pruned(tmp_path):
+    """peft cuts pruned triplets out of the file; here they come back with E = 0."""
+    config = peft.AdaLoraConfig(init_r=4, target_r=1, target_modules=["conv", "head"], total_step=9, tinit=1, tfinal=2)
+    theirs, x = peft.get_peft_model(images(), config), torch.randn(4, 3, 9, 9)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_E" in name:
+                parameter.add_(torch.randn_like(parameter))
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.01)
+    for step in range(1, 9):
+        theirs(x).square().sum().backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    theirs.eval().save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert any(not all(mask) for mask in kept.values())
+    model = images()
+    import_peft(model, tmp_path)
+    torch.testing.assert_close(model(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
 def test_names_that_end_like_others(tmp_path):
@@ -393,12 +490,13 @@ REFUSED = [
     ("llama", PrefixTuning(3), r"Train with PrefixTuning\(positions='shift'\)"),
     ("llama", PrefixTuning(3, positions="shift", layers=[1]), "a prefix in each of the 2 layers, here 1 have one"),
     ("bart", PrefixTuning(3, positions="shift"), "gives layer i the keys and values of layer 2i"),
+    ("choice", PrefixTuning(3, positions="shift"), "BertForMultipleChoice takes several texts in a row"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "method", "message"), REFUSED, ids=_id)
 def test_refusals_of_methods(kind, method, message, tmp_path):
-    model = BASES[kind]()
+    model = headless("BertForMultipleChoice") if kind == "choice" else BASES[kind]()
     inject(model, method)
     with pytest.raises(PEFTError, match=message):
         export_peft(model, tmp_path / "a")
@@ -423,7 +521,10 @@ def test_placeholders_in_use_are_refused(tmp_path):
         (nn.MultiheadAttention(8, 2, kdim=4, vdim=4), LoRA(exclude_modules="out_proj"), "have one width"),
         (nn.MultiheadAttention(8, 2), DoRA(exclude_modules="out_proj"), "no DoRA for nn.MultiheadAttention"),
         (nn.MultiheadAttention(8, 2), IA3(target_modules="0"), "its IA3 takes linear layers"),
-        (nn.Conv2d(4, 6, 3), AdaLoRA(), "its AdaLoRA takes linear layers"),
+        (nn.Conv1d(4, 6, 3), AdaLoRA(), "of convolutions its AdaLoRA takes Conv2d only"),
+        (nn.Conv2d(4, 6, 3, groups=2), AdaLoRA(), "cannot take a convolution with groups=2"),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), AdaLoRA(), "its AdaLoRA ignores padding_mode="),
+        (nn.Embedding(4, 6), AdaLoRA(), "its AdaLoRA takes linear layers"),
     ],
     ids=_id,
 )
