@@ -22,6 +22,7 @@ from lightning_peft.folders import is_folder, read_folder
 from lightning_peft.header import completed, shortened
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
+from lightning_peft.paths import held
 from lightning_peft.paths import locate as locate
 from lightning_peft.replacing import replacing
 from lightning_peft.sections import verify_finite, verify_keys, verify_section
@@ -69,9 +70,15 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not place.is_file() or not os.access(place, os.R_OK):
-        raise CheckpointError(f"{place} is no file that can be read here.")
-    return split(load_checkpoint(place), str(place)) if _is_torch(place) else _read_safetensors(place)
+    if not place.is_file():
+        raise CheckpointError(f"{place} is neither a file nor a folder.")
+    try:
+        with held(place) as file:
+            if _is_torch(file, place.suffix):
+                return split(_load_torch(file, place), str(place))
+            return _read_safetensors(file, place)
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be read: {error.strerror}.") from None
 
 
 def _inside(folder: Path) -> Path:
@@ -83,9 +90,9 @@ def _inside(folder: Path) -> Path:
     raise CheckpointError(f"{folder} is a folder without {ADAPTER}; give the file in it (.safetensors or .ckpt).")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(held_file: Path, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(held_file, framework="pt") as file:
             metadata = file.metadata() or {}
             if SECTION not in metadata:
                 raise CheckpointError(
@@ -128,16 +135,28 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
-    """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values."""
+    """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values.
+
+    Raises:
+        CheckpointError: missing, broken or unsafe.
+    """
     try:
-        zipped = _is_zip(path)
+        with held(path) as file:
+            return _load_torch(file, path, map_location, mmap)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _load_torch(held_file: Path, path: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
+    try:
+        zipped = _is_zip(held_file)
         if zipped:
-            _check_zip(path)
-        elif _is_torch(path):
-            _check_pickle(path.read_bytes())
+            _check_zip(held_file)
+        elif _is_torch(held_file, path.suffix):
+            _check_pickle(held_file.read_bytes())
         else:
             raise pickle.UnpicklingError("it starts like neither a zip archive nor a pickle")
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+        return torch.load(held_file, map_location=map_location, weights_only=True, mmap=mmap and zipped)
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
 
@@ -189,13 +208,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _is_torch(path: Path) -> bool:
-    """By content where it tells, by name where the file is too broken to tell."""
+def _is_torch(path: Path, suffix: str) -> bool:
+    """By content where it tells, by the suffix of its name where the file is too broken to tell."""
     with path.open("rb") as file:
         start = file.read(10)
     if start[8:9] == b"{":  # safetensors: a length in eight bytes, whose first may be a pickle's, then JSON
         return False
-    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or (len(start) < 10 and path.suffix != ".safetensors")
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80" or (len(start) < 10 and suffix != ".safetensors")
 
 
 def _is_zip(path: Path) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +26,23 @@ def locate(path: str | os.PathLike) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise PEFTError(f"{text}: no package {package!r} is installed here. Try: pip install {package}")
     return Path(next(iter(spec.submodule_search_locations)), rest)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[Path]:
+    """Open a file, and yield a path that leads to this very file whatever takes its name meanwhile.
+
+    torch and safetensors open a file by its name several times: to read the header, and to map the tensors. Beside a
+    process that saves, these could be two different files. On Windows a file that is open cannot be replaced, so its
+    name will do; so it must on systems without ``/proc``.
+    """
+    with path.open("rb") as file:
+        link = Path("/proc/self/fd", str(file.fileno()))
+        try:
+            leads_here = os.path.samestat(link.stat(), os.fstat(file.fileno()))
+        except OSError:
+            leads_here = False
+        yield link if leads_here else path
 
 
 def size(count: float) -> str:

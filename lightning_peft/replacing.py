@@ -95,6 +95,11 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             _flush_folder(parent)
 
 
+def under_way(folder: Path) -> bool:
+    """Whether files are being exchanged in a folder, or were when the process that did so was killed."""
+    return any(folder.glob(f".*{_SUFFIX}"))
+
+
 def sweep(folder: Path, *, exchanged: bool = False) -> None:
     """Remove the workshops that killed processes left in a folder; those that are in use are locked, and stay.
 

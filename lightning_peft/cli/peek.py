@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.header import completed
@@ -72,7 +73,9 @@ def peek(place: Path) -> Peek:
             raise CheckpointError(f"{place} is a folder without an {ADAPTER} or adapter_config.json.")
         place = place / ADAPTER
     try:
-        found = _checkpoint(place) if zipfile.is_zipfile(place) else _safetensors(place)
+        # Everything is read from one open file: another may take its name at any moment.
+        with place.open("rb") as file:
+            found = _checkpoint(place, file) if zipfile.is_zipfile(file) else _safetensors(place, file)
     except CheckpointError:
         raise
     except Exception as error:  # a broken file fails in many ways; all mean the same to the user
@@ -85,22 +88,22 @@ def peek(place: Path) -> Peek:
     return found
 
 
-def _safetensors(path: Path) -> Peek:
-    tensors, metadata = _header(path)
+def _safetensors(path: Path, file: BinaryIO) -> Peek:
+    tensors, metadata = _header(file)
     section = json.loads(metadata[SECTION]) if SECTION in metadata else None
     return Peek(path, tensors, completed(section, tensors) if isinstance(section, dict) else section, {})
 
 
-def _header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        if length > _LONGEST:
-            raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError("the file is cut off or has something behind its tensors")
+def _header(file: BinaryIO) -> tuple[dict[str, Stored], dict[str, str]]:
+    file.seek(0)
+    length = struct.unpack("<Q", file.read(8))[0]
+    if length > _LONGEST:
+        raise ValueError("no safetensors header")
+    header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if os.fstat(file.fileno()).st_size != 8 + length + end:
+        raise ValueError("the file is cut off or has something behind its tensors")
     return {n: Stored(tuple(e["shape"]), e["dtype"]) for n, e in header.items()}, metadata
 
 
@@ -108,14 +111,17 @@ def _peft(place: Path) -> Peek:
     try:
         config = json.loads((place / "adapter_config.json").read_text())
         weights = place / "adapter_model.safetensors"
-        tensors = _header(weights)[0] if weights.is_file() else {}
+        tensors: dict[str, Stored] = {}
+        if weights.is_file():
+            with weights.open("rb") as file:
+                tensors, _ = _header(file)
         return Peek(place, tensors, None, {"peft": dict(config)})
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise CheckpointError(f"{place} is broken: {type(error).__name__}: {error}") from None
 
 
-def _checkpoint(path: Path) -> Peek:
-    with zipfile.ZipFile(path) as archive:
+def _checkpoint(path: Path, file: BinaryIO) -> Peek:
+    with zipfile.ZipFile(file) as archive:
         name = next((n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"), None)
         if name is None:
             raise CheckpointError(f"{path} is a zip file, but no checkpoint.")

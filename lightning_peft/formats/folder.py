@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import load_checkpoint, locate
 from lightning_peft.method import Method
-from lightning_peft.replacing import replacing_folder
+from lightning_peft.paths import held
+from lightning_peft.replacing import replacing_folder, under_way
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_ATTEMPTS, _PAUSE = 40, 0.05  # to read a folder that is being written, and the seconds between two of them
 TUNER, PROMPT = "base_model.model.", "base_model."
 
 #: fields of a configuration that say who, where and for what: they do not change the result
@@ -89,20 +92,48 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 
 def read_folder(path: str | os.PathLike) -> Folder:
-    """Configuration and tensors; nothing is unpickled but tensors.
+    """Configuration and tensors of one export; nothing is unpickled but tensors.
 
     Raises:
         CheckpointError: no such folder, or a broken file in it.
     """
     place = locate(path)
-    if not place.is_dir() or not (place / CONFIG).is_file():
-        what = "is no folder" if not place.is_dir() else f"holds no {CONFIG}"
+    if not place.is_dir():
         ours = " load_adapter reads files of ours." if place.exists() else ""
-        raise CheckpointError(f"{place} {what}: import_peft reads folders written by peft.{ours}")
+        raise CheckpointError(f"{place} is no folder: import_peft reads folders written by peft.{ours}")
+    # A writer removes the configuration, exchanges the weights, and then writes the new configuration. If the same
+    # configuration is there before and after a read, the weights belong to it.
+    for _ in range(_ATTEMPTS):
+        before = _identity(place / CONFIG)
+        if before is None and under_way(place):
+            time.sleep(_PAUSE)
+            continue
+        try:
+            folder = _read(place)
+        except CheckpointError:
+            if _identity(place / CONFIG) == before:
+                raise
+        else:
+            if _identity(place / CONFIG) == before:
+                return folder
+    raise CheckpointError(
+        f"{place} holds no complete export: another process is writing into it, or was interrupted. Try again when it"
+        " is done, or export once more."
+    )
+
+
+def _read(place: Path) -> Folder:
+    if not (place / CONFIG).is_file():
+        raise CheckpointError(
+            f"{place} holds no {CONFIG}: import_peft reads folders written by peft. load_adapter reads files of ours."
+        )
+    tensors = None
     try:
         config = json.loads((place / CONFIG).read_text())
         kind = config["peft_type"]
-        tensors = load_file(place / WEIGHTS) if (place / WEIGHTS).is_file() else None
+        if (place / WEIGHTS).is_file():
+            with held(place / WEIGHTS) as weights:
+                tensors = load_file(weights)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{place} is broken: {type(error).__name__}: {error}") from None
     if tensors is None:
@@ -110,6 +141,15 @@ def read_folder(path: str | os.PathLike) -> Folder:
             raise CheckpointError(f"{place} holds no {WEIGHTS}; the adapter's tensors are missing.")
         tensors = dict(load_checkpoint(place / OLD_WEIGHTS))
     return Folder(place, dict(config) | {"peft_type": str(kind).rpartition(".")[2]}, tensors)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from any other that has had or will have its name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:

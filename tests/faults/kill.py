@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -84,12 +84,16 @@ def _examine_checkpoint(folder: Path, _: Path) -> str:
     path = folder / "last.ckpt"
     if not path.exists():
         return "nothing yet"
-    load_adapter(workload.Net(256), path)
+    net = workload.Net(256)
+    load_adapter(net, path)
+    uniform(p for p in net.parameters() if p.requires_grad)
     return "complete"
 
 
-def _uniform(values: set[float]) -> None:
-    assert values in ({0.25}, {0.5}), f"a mixture: {values}"
+def uniform(tensors: Iterable[torch.Tensor]) -> None:
+    """Raise unless one and the same of the two values is everywhere."""
+    values = {value for tensor in tensors for value in tensor.detach().unique().tolist()}
+    assert values in [{value} for value in workload.VALUES], f"a mixture: {values}"
 
 
 def _examine_adapter(folder: Path, _: Path) -> str:
@@ -98,7 +102,7 @@ def _examine_adapter(folder: Path, _: Path) -> str:
         return "nothing yet"
     net = workload.Net(256).net
     load_adapter(net, path)
-    _uniform({v for p in net.parameters() if p.requires_grad for v in p.detach().unique().tolist()})
+    uniform(p for p in net.parameters() if p.requires_grad)
     return "complete"
 
 
@@ -135,7 +139,7 @@ def _examine_peft(folder: Path, _: Path) -> str:
     if not (place / "adapter_config.json").exists():
         return "between two exports" if place.exists() else "nothing yet"
     state = load_file(place / "adapter_model.safetensors")
-    _uniform({v for t in state.values() for v in t.unique().tolist()})
+    uniform(state.values())
     return "complete"
 
 
@@ -153,7 +157,7 @@ def kill(runs: int, seed: int, show: Callable[[str], object] = print) -> collect
     """Kill that many times; what was found, by kind. Raises at the first thing lost."""
     dice, found = random.Random(seed), collections.Counter()
     kinds = [k for k in ("fit", "fit", "checkpoint", "fit", "adapter", "merged", "fit", "export", "peft") if k in WORK]
-    _quiet()
+    quiet()
     with tempfile.TemporaryDirectory() as top:
         expected = Path(top) / "expected.pt"
         torch.set_num_threads(1)  # no pool of threads: a fork would lose it
@@ -174,7 +178,8 @@ def kill(runs: int, seed: int, show: Callable[[str], object] = print) -> collect
     return found
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Silence what the libraries say about each of many runs."""
     import logging
 
     warnings.filterwarnings("ignore")

@@ -26,16 +26,19 @@ from lightning_peft import (
     WriteError,
     adapter_state_dict,
     export_peft,
+    import_peft,
     inject,
     load_adapter,
     save_adapter,
     save_merged,
 )
+from lightning_peft.cli.peek import peek
 from lightning_peft.replacing import replacing, replacing_folder, sweep
 from tests.contract.battery import same, shake
 from tests.faults.fuzz import fuzz
 from tests.faults.kill import TEMPORARY, in_child, kill
-from tests.faults.workload import Net, rows
+from tests.faults.readers import READERS, read_beside_a_writer, writing
+from tests.faults.workload import VALUES, Net, pair, rows, write_checkpoint
 from tests.models import trainer
 
 
@@ -44,6 +47,90 @@ def test_killed_runs_and_writes():
     """Checkpoints that are there load, a resume equals the run that nobody killed, nothing is half-written."""
     found = kill(9, seed=1, show=lambda line: None)
     assert sum(n for what, n in found.items() if what != "temporary files left") == 9
+
+
+@pytest.mark.parametrize("kind", list(READERS))
+def test_readers_beside_a_writer(tmp_path, kind):
+    """Header and tensors are read from one file, though another takes its name at every moment."""
+    read_beside_a_writer(kind, tmp_path, 60)
+
+
+def saved_while_it_is_mapped(monkeypatch, save):
+    """Call ``save`` once, when a reader has read a file's header and is about to map its tensors."""
+    from_file, pending = torch.UntypedStorage.from_file, [save]
+
+    def late(*arguments, **options):
+        if pending:
+            pending.pop()()
+        return from_file(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", late)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_header_and_tensors_come_from_one_file(tmp_path, monkeypatch, suffix):
+    path, other = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    if suffix == "ckpt":
+        write_checkpoint(tmp_path, times=1)
+        (tmp_path / "last.ckpt").rename(path)
+        write_checkpoint(tmp_path, times=2)
+        (tmp_path / "last.ckpt").rename(other)
+    else:
+        for net, place in zip(pair(), (path, other), strict=True):
+            save_adapter(net, place)
+    saved_while_it_is_mapped(monkeypatch, lambda: os.replace(other, path))
+    net = Net(256).net
+    load_adapter(net, path)
+    assert not other.exists()
+    assert {float(p.detach().mean()) for p in net.parameters() if p.requires_grad} == {VALUES[0]}
+
+
+def test_configuration_and_tensors_come_from_one_export(tmp_path, monkeypatch):
+    """A folder has two files: they are read again if another export came in between."""
+    export_peft(pair()[0], tmp_path)
+    second = Net(256).net
+    inject(second, LoRA(r=32, alpha=8))
+    shake(second)
+    saved_while_it_is_mapped(monkeypatch, lambda: export_peft(second, tmp_path))
+    net = Net(256).net
+    import_peft(net, tmp_path)
+    assert same(adapter_state_dict(net), adapter_state_dict(second))
+
+
+def test_an_inspected_file_may_be_replaced(tmp_path, monkeypatch):
+    """Its size is that of the file whose header was read."""
+    small = Net(256).net
+    inject(small, LoRA(r=2))
+    save_adapter(big(), tmp_path / "a")
+    save_adapter(small, tmp_path / "b")
+    loads = json.loads
+
+    def late(*arguments, **options):
+        if (tmp_path / "b").exists():
+            os.replace(tmp_path / "b", tmp_path / "a")
+        return loads(*arguments, **options)
+
+    monkeypatch.setattr(json, "loads", late)
+    assert {t.shape[0] for n, t in peek(tmp_path / "a").tensors.items() if n.endswith("lora_A")} == {64}
+    assert {t.shape[0] for n, t in peek(tmp_path / "a").tensors.items() if n.endswith("lora_A")} == {2}
+
+
+def test_an_export_that_was_interrupted_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_peft.formats.folder._PAUSE", 0.001)
+    export_peft(pair()[0], tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / f".x{TEMPORARY}").mkdir()
+    with pytest.raises(CheckpointError, match="another process is writing into it, or was interrupted"):
+        import_peft(Net(256).net, tmp_path)
+
+
+def test_two_writers_of_one_folder_leave_no_mixture(tmp_path):
+    """They exchange their files one after the other."""
+    with writing("peft", tmp_path, processes=2):
+        for _ in range(60):
+            READERS["peft"][0](tmp_path)
+    export_peft(pair()[0], tmp_path / "peft")
+    READERS["peft"][0](tmp_path)
 
 
 def test_hostile_and_broken_files():

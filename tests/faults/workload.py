@@ -17,7 +17,9 @@ from tests.contract.battery import shake
 from tests.models import bert, trainer
 
 EPOCHS, WIDTH = 6, 48
-MANY = 100_000
+MANY = 10**9
+#: what adapters are filled with in turn, so that a mixture of two saves shows
+VALUES = (0.25, 0.5)
 
 
 class Net(L.LightningModule):
@@ -65,17 +67,22 @@ def finished() -> L.Trainer:
 
 @cache
 def pair() -> list[nn.Module]:
-    """Two networks whose adapters are full of one value each, so that a mixture of two saves shows."""
+    """Two networks whose adapters are full of one value each."""
     nets = []
-    for value in (0.25, 0.5):
+    for value in VALUES:
         net = Net(256).net
         inject(net, LoRA(r=64))
-        with torch.no_grad():
-            for p in net.parameters():
-                if p.requires_grad:
-                    p.fill_(value)
+        fill(net, value)
         nets.append(net)
     return nets
+
+
+def fill(net: nn.Module, value: float) -> None:
+    """Set all that trains to one value."""
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.fill_(value)
 
 
 @cache
@@ -88,8 +95,9 @@ def classifier() -> nn.Module:
 
 
 def write_checkpoint(folder: Path, times: int = MANY) -> None:
-    """The same checkpoint over and over, onto one name."""
-    for _ in range(times):
+    """Two checkpoints in turn, onto one name; each is full of one value."""
+    for i in range(times):
+        fill(finished().lightning_module, VALUES[i % 2])
         finished().save_checkpoint(folder / "last.ckpt")
 
 
