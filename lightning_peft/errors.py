@@ -17,6 +17,13 @@ class CheckpointError(PEFTError):
     """A saved adapter does not fit the model, or is no adapter at all."""
 
 
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """There is no file or folder at the path of a checkpoint or adapter."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])
+
+
 class MergeError(PEFTError):
     """Merging is impossible for this method, or in this state of the model."""
 

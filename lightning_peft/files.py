@@ -22,7 +22,7 @@ from lightning_peft.folders import is_folder, read_folder
 from lightning_peft.header import completed, shortened
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
-from lightning_peft.paths import held
+from lightning_peft.paths import held, missing
 from lightning_peft.paths import locate as locate
 from lightning_peft.replacing import replacing
 from lightning_peft.sections import verify_finite, verify_keys, verify_section
@@ -48,12 +48,11 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     one file or a folder of shards.
 
     Raises:
-        CheckpointError: missing, broken, unsafe, or not written by us.
+        CheckpointError: missing (then also a FileNotFoundError), broken, unsafe, or not written by us.
     """
     place = locate(path)
-    if not place.exists():
-        near = sorted(p.name for p in place.parent.glob("*") if p.suffix in (".ckpt", ".safetensors"))[:5]
-        raise CheckpointError(f"{place} does not exist." + (f" There is: {', '.join(near)}." if near else ""))
+    if not os.path.exists(place):
+        raise missing(place)
     if (place / "checkpoint").is_dir() and (place / "latest").is_file():
         raise CheckpointError(
             f"{place} was written by DeepSpeed. Make one file of it with"
@@ -140,6 +139,8 @@ def load_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) ->
     Raises:
         CheckpointError: missing, broken or unsafe.
     """
+    if not os.path.exists(path):
+        raise missing(path)
     try:
         with held(path) as file:
             return _load_torch(file, path, map_location, mmap)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import io
+import os
 import pickle
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ _KNOWN = {
 
 def is_folder(path: Path) -> bool:
     """Whether a path is such a checkpoint."""
-    return path.is_dir() and (path / INDEX).is_file() and (path / REST).is_file()
+    return os.path.isfile(path / INDEX) and os.path.isfile(path / REST)
 
 
 def read_index(path: Path) -> Any:

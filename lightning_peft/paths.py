@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import MissingFileError, PEFTError
 
 #: the description's name, in a checkpoint and in the header of an adapter file
 SECTION = "lightning_peft"
@@ -26,6 +27,17 @@ def locate(path: str | os.PathLike) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise PEFTError(f"{text}: no package {package!r} is installed here. Try: pip install {package}")
     return Path(next(iter(spec.submodule_search_locations)), rest)
+
+
+def missing(path: Path) -> MissingFileError:
+    """The error for a path at which nothing is. It names the first saved adapters in the same folder."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(place.name for place in path.parent.glob("*") if place.suffix in (".ckpt", ".safetensors"))
+    text = f"{path} does not exist."
+    if names:
+        text += f" There is: {', '.join(names[:5])}."
+    return MissingFileError(errno.ENOENT, text)
 
 
 @contextmanager

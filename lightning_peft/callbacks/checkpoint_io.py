@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import load_checkpoint
+from lightning_peft.paths import missing
 from lightning_peft.replacing import replacing
 
 
@@ -35,10 +37,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a local file, strictly; with ``weights_only=False`` the user trusts it and Lightning reads it."""
+        if _is_local(path) and not os.path.exists(path):
+            raise missing(Path(path))
         if weights_only is False or not _is_local(path):
             return super().load_checkpoint(path, map_location, weights_only)
         if not Path(path).is_file():
-            raise CheckpointError(f"{path} does not exist, or is no file.")
+            raise CheckpointError(f"{path} is not a file.")
         return load_checkpoint(Path(path), map_location, mmap=False)
 
 

@@ -23,6 +23,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, load_checkpoint, split
 from lightning_peft.folders import is_folder, read_folder, read_index, read_rest, shapes
 from lightning_peft.hollow import settle_base
+from lightning_peft.paths import missing
 from lightning_peft.sharding import plain_name, sharded, write
 from lightning_peft.sharding import split as shard
 from lightning_peft.trainable import find, model_tensors
@@ -140,6 +141,8 @@ class Loader:
     def load(self, path: Path) -> dict[str, Any]:
         """Compare, then load into shards."""
         where, folder = str(path), is_folder(path)
+        if not os.path.exists(path):
+            raise missing(path)
         if not folder and not path.is_file():
             raise CheckpointError(f"{where} is neither a checkpoint file nor a folder of shards.")
         content = read_rest(path) | {"state_dict": shapes(path)} if folder else load_checkpoint(path)

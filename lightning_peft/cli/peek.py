@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.header import completed
-from lightning_peft.paths import ADAPTER, SECTION
+from lightning_peft.paths import ADAPTER, SECTION, missing
 
 _LONGEST = 100_000_000  # bytes of a safetensors header, as the format allows
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -64,8 +64,8 @@ def peek(place: Path) -> Peek:
     Raises:
         CheckpointError: missing, broken, or nothing that was trained here.
     """
-    if not place.exists():
-        raise CheckpointError(f"{place} does not exist.")
+    if not os.path.exists(place):
+        raise missing(place)
     if place.is_dir():
         if (place / "adapter_config.json").is_file():
             return _peft(place)

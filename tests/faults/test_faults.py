@@ -29,6 +29,7 @@ from lightning_peft import (
     import_peft,
     inject,
     load_adapter,
+    load_from_checkpoint,
     save_adapter,
     save_merged,
 )
@@ -304,6 +305,32 @@ def test_files_have_the_usual_permissions(tmp_path):
         os.umask(earlier)
     for path in tmp_path.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640)
+
+
+@pytest.mark.parametrize("name", ["gone.ckpt", "gone/inside", "長" * 90], ids=["file", "folder", "too long"])
+def test_a_missing_checkpoint_is_also_a_missing_file(tmp_path, name):
+    (tmp_path / "there.ckpt").touch()
+    path = tmp_path / name
+
+    def run(verb):
+        module = Net()
+        start = trainer(tmp_path, PEFT(LoRA(r=2)), max_steps=1, barebones=False)
+        getattr(start, verb)(module, rows(), ckpt_path=str(path))
+
+    reads = {
+        "fit": lambda: run("fit"),
+        "test": lambda: run("test"),
+        "load_adapter": lambda: load_adapter(Net(), path),
+        "load_from_checkpoint": lambda: load_from_checkpoint(Net(), path),
+        "init_from": lambda: PEFT(init_from=str(path)).ensure(Net(), "fit"),
+        "inspect": lambda: peek(path),
+    }
+    for what, read in reads.items():
+        for kind in (CheckpointError, FileNotFoundError):
+            with pytest.raises(kind, match="does not exist") as caught:
+                read()
+            assert caught.value.errno == errno.ENOENT, what
+            assert ("There is: there.ckpt" in str(caught.value)) == (path.parent == tmp_path)
 
 
 def test_left_overs_are_swept(tmp_path):
