@@ -272,7 +272,7 @@ def _put_back(written: list[str], replaced: list[str], workshop: Path, target: P
     ``shutil.move`` copies where a file cannot be renamed.
 
     Raises:
-        WriteError: that failed as well; the message says where the earlier files are.
+        WriteError: that failed as well; the message says what is where.
     """
     new, old = workshop / _NEW, workshop / _OLD
     try:
@@ -283,11 +283,14 @@ def _put_back(written: list[str], replaced: list[str], workshop: Path, target: P
             if os.path.lexists(old / name):
                 shutil.move(old / name, target / name)
     except OSError as error:
-        raise WriteError(
-            error.errno,
-            f"{target} could not be written: {cause}. Its earlier files could not be put back either ({error})."
-            f" They are in {old}; move them to {target}.",
-        ) from cause
+        text = f"{target} could not be written: {cause}. "
+        if _keeps_old(workshop):
+            text += (
+                f"Its earlier files could not be put back either ({error}). They are in {old}; move them to {target}."
+            )
+        else:
+            text += f"Some files of the unfinished export are in it and could not be removed ({error})."
+        raise WriteError(error.errno, text) from cause
 
 
 @contextmanager

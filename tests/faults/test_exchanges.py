@@ -219,6 +219,14 @@ def test_where_nothing_can_be_put_back_the_message_says_what_is_where(earlier, m
     assert read_files(workshop / "old") == {name: text for name, text in EARLIER.items() if text == "old"}
 
 
+def test_where_a_first_export_cannot_be_removed_the_message_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", failing(2, 99, errno.EROFS))
+    monkeypatch.setattr(shutil, "move", failing(1, 99, errno.EROFS))
+    with pytest.raises(WriteError, match="Some files of the unfinished export are in it and could not be removed"):
+        export(tmp_path)
+    assert state_of(tmp_path) == "unfinished" and not left_over(tmp_path)
+
+
 def test_a_killed_exchange_keeps_the_earlier_files_until_the_next(earlier):
     """The killed export is swept by a write that succeeds, not by one that fails."""
 
