@@ -255,9 +255,9 @@ def main() -> None:
     parser.add_argument("--cli", type=int, default=20, help="of the files for the command line")
     options = parser.parse_args()
     from tests.faults.fuzz_cli import fuzz_cli
-    from tests.faults.kill import _quiet
+    from tests.faults.kill import quiet
 
-    _quiet()
+    quiet()
     torch.set_num_threads(1)
     start = time.monotonic()
     found, wrong = fuzz(options.runs, options.seed, options.first)
