@@ -91,12 +91,19 @@ def bias_names(model: nn.Module) -> list[str]:
 def layer_index(name: str) -> int | None:
     """The number of the layer a module sits in: the first numeric part of its name behind another part, else the first.
 
+    torchvision's ``encoder_layer_3`` is such a part as well.
+
     >>> layer_index("encoder.layer.11.attention.self.query"), layer_index("2.linear"), layer_index("pooler.dense")
     (11, 2, None)
     """
-    parts = name.split(".")
-    inner = [int(p) for p in parts[1:] if p.isdigit()]
-    return inner[0] if inner else int(parts[0]) if parts[0].isdigit() else None
+    numbers = [_layer_number(part) for part in name.split(".")]
+    inner = [number for number in numbers[1:] if number is not None]
+    return inner[0] if inner else numbers[0]
+
+
+def _layer_number(part: str) -> int | None:
+    digits = part.removeprefix("encoder_layer_")
+    return int(digits) if digits.isdigit() else None
 
 
 def is_metric(module: nn.Module) -> bool:

@@ -92,6 +92,17 @@ def test_training(tmp_path):
     assert set(none.train) == {(True, True)}
 
 
+@pytest.mark.parametrize("inference", [[1], {1}, (1, 1)])
+def test_numbers_of_layers_at_inference(inference, tmp_path):
+    """Only those layers are left out while validating and predicting; training draws as before."""
+    module, drop = Foreign(), Watch(max_drop=0, inference=inference)
+    run = trainer(tmp_path, PEFT(Pfeiffer(reduction_factor=4)), drop, max_epochs=1)
+    run.fit(module, loader("bert"), loader("bert"))
+    assert drop.val == (True, False) and set(drop.train) == {(True, True)} and active(module) == (True, True)
+    with pytest.raises(ConfigError, match=r"inference=\[0, 2\]\): no adapter stands in layer 2.*layers \[0, 1\]"):
+        trainer(tmp_path, PEFT(Pfeiffer()), AdapterDrop(inference=[2, 0])).validate(Foreign(), loader("bert"))
+
+
 def test_one_draw_for_an_accumulated_step(tmp_path):
     drop = Watch(seed=3)
     trainer(tmp_path, PEFT(Pfeiffer()), drop, max_epochs=6, accumulate_grad_batches=2).fit(Foreign(), loader("bert"))
@@ -101,6 +112,9 @@ def test_one_draw_for_an_accumulated_step(tmp_path):
 def test_errors(tmp_path):
     with pytest.raises(ConfigError, match="max_drop=-1"):
         AdapterDrop(max_drop=-1)
+    for wrong in ([0, -1], ["a", 1], 1.5, "1", True):
+        with pytest.raises(ConfigError, match=r"numbers of the layers to drop"):
+            AdapterDrop(inference=wrong)
     with pytest.raises(ConfigError, match="at most 1"):
         trainer(tmp_path, PEFT(Pfeiffer()), AdapterDrop(max_drop=2)).fit(Foreign(), loader("bert"))
     with pytest.raises(PEFTError, match="no bottleneck adapters"):

@@ -42,6 +42,11 @@ def test_patterns_on_llama(fields, expected):
     assert adapted(llama(), **fields) == expected
 
 
+def test_layers_that_are_numbered_as_torchvision_does():
+    net = nn.ModuleDict({f"encoder_layer_{i}": nn.ModuleDict({"mlp": nn.Linear(4, 4)}) for i in range(3)})
+    assert adapted(net, target_modules="mlp", layers=[1]) == ["encoder_layer_1.mlp"]
+
+
 def test_all_linear_leaves_the_head_of_a_classifier():
     names = adapted(bert())
     assert "pooler.dense" not in adapted(bert().bert), "a bare encoder's pooler is often unused"
