@@ -19,7 +19,7 @@ from torch import nn
 from lightning_peft.callbacks.kept_files import settle_kept_files
 from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
 from lightning_peft.callbacks.resuming import take_resume
-from lightning_peft.callbacks.strategies import filters_itself, loads_late
+from lightning_peft.callbacks.strategies import filters_itself, flattens, loads_late
 from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
@@ -161,7 +161,8 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
     late = trainer is not None and loads_late(trainer)
-    loaded = SECTION in checkpoint and "state_dict" not in checkpoint  # DeepSpeed has loaded the weights itself
+    # DeepSpeed has loaded the weights itself
+    loaded = trainer is not None and flattens(trainer) and SECTION in checkpoint and "state_dict" not in checkpoint
     if loaded:
         info, fitted = upgraded_section(checkpoint[SECTION]), {}
         verify_section(info, "The checkpoint")

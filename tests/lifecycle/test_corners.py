@@ -357,3 +357,14 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
     trainer(tmp_path, PEFT(LoRA()), saver).fit(Plain(), plain_loader())
     with pytest.raises(CheckpointError, match=r"weights only .*PEFT\(init_from=PATH\)"):
         trainer(tmp_path, PEFT(LoRA())).fit(Plain(), plain_loader(), ckpt_path=saver.best_model_path)
+
+
+def test_a_checkpoint_without_weights_is_one_error(tmp_path):
+    """Only DeepSpeed, which loads weights itself, may hand one over."""
+    saver = ModelCheckpoint(tmp_path / "c")
+    trainer(tmp_path, PEFT(LoRA()), saver).fit(Plain(), plain_loader())
+    content = torch.load(saver.best_model_path, weights_only=True)
+    del content["state_dict"]
+    torch.save(content, tmp_path / "empty.ckpt")
+    with pytest.raises(CheckpointError, match="plain checkpoint"):
+        trainer(tmp_path, PEFT(LoRA())).test(Plain(), plain_loader(), ckpt_path=tmp_path / "empty.ckpt", verbose=False)
