@@ -12,13 +12,14 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks.kept_files import settle_kept_files
 from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
-from lightning_peft.callbacks.resuming import take_resume
+from lightning_peft.callbacks.resuming import check_states, take_resume
 from lightning_peft.callbacks.strategies import filters_itself, loads_late
 from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
@@ -154,10 +155,13 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     trainer = module._trainer
     if trainer is not None:  # what follows for a Trainer are the states of its callbacks
         settle_kept_files(trainer, checkpoint)
+        check_states(trainer, checkpoint)
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
     late = trainer is not None and loads_late(trainer)
-    loaded = SECTION in checkpoint and "state_dict" not in checkpoint  # DeepSpeed has loaded the weights itself
+    # DeepSpeed has loaded the weights itself
+    by_itself = trainer is not None and isinstance(trainer.strategy, DeepSpeedStrategy)
+    loaded = by_itself and SECTION in checkpoint and "state_dict" not in checkpoint
     if loaded:
         info, fitted = checkpoint[SECTION], {}
         verify_section(info, "The checkpoint")
