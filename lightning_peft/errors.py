@@ -19,11 +19,16 @@ def printable(text: str) -> str:
     return "".join(letters)
 
 
+def _one_line(text: str) -> str:
+    """Messages have one line; a name in them may have several."""
+    return printable(" ".join(text.split("\n")).replace("\t", " "))
+
+
 class PEFTError(Exception):
     """Base of every error raised on purpose by lightning_peft."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return _one_line(super().__str__())
 
 
 class ConfigError(PEFTError, ValueError):
@@ -58,4 +63,4 @@ class WriteError(PEFTError, OSError):
     says where it is."""
 
     def __str__(self) -> str:
-        return printable(str(self.args[-1]))
+        return _one_line(str(self.args[-1]))

@@ -196,7 +196,9 @@ def _check_pickle(data: bytes) -> None:
 def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and section of a loaded Lightning checkpoint."""
     known = isinstance(content, Mapping) and isinstance(content.get(SECTION), Mapping)
-    if not known or not isinstance(content.get("state_dict"), Mapping):
+    if known and not isinstance(content.get("state_dict"), Mapping):
+        raise CheckpointError(f"{where} is damaged: it describes an adapter, and holds no tensors of it (state_dict).")
+    if not known:
         raise CheckpointError(
             f"{where} is a plain checkpoint without a {SECTION!r} section: it was written without the PEFT callback, or"
             " before adapters were injected. Load it into the model before injection; it cannot be resumed with PEFT."

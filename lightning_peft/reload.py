@@ -196,7 +196,7 @@ def _settle_arguments(kind: type[Any], content: dict[str, Any], where: str, give
 def _settle_instantiator(kind: type[Any], stored: dict[str, Any], where: str) -> None:
     """LightningCLI notes which function builds the module, and of which class it was."""
     builder = stored["_instantiator"]
-    if builder not in _ALLOWED_INSTANTIATORS:
+    if not isinstance(builder, str) or builder not in _ALLOWED_INSTANTIATORS:
         raise CheckpointError(
             f"{where} names the function {short(repr(builder), 120)} to build the module with, which is not called"
             " because it could be any code. Build the module yourself, then load_adapter(module, path)."

@@ -11,11 +11,13 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from packaging.version import InvalidVersion, Version
 
 from lightning_peft.errors import CheckpointError
-from lightning_peft.files import load_checkpoint
+from lightning_peft.files import SECTION, load_checkpoint
 from lightning_peft.paths import missing
 from lightning_peft.replacing import replacing
+from lightning_peft.untrusted import short
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -43,7 +45,29 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only)
         if not Path(path).is_file():
             raise CheckpointError(f"{path} is not a file.")
-        return load_checkpoint(Path(path), map_location, mmap=False)
+        content = load_checkpoint(Path(path), map_location, mmap=False)
+        _check_version(content, path)
+        return content
+
+
+def _check_version(content: Any, path: Any) -> None:
+    """Lightning rewrites checkpoints of older versions before anyone can look at them; ours are of version 2 or newer.
+
+    Raises:
+        CheckpointError: an adapter checkpoint that says otherwise.
+    """
+    if not isinstance(content, dict) or SECTION not in content:
+        return
+    version = content.get("pytorch-lightning_version")
+    try:
+        good = Version(version) >= Version("2.0")
+    except (InvalidVersion, TypeError):
+        good = False
+    if not good:
+        raise CheckpointError(
+            f"{path} is damaged: it says that version {short(repr(version), 60)} of Lightning wrote it, which it is"
+            " too new for. Take another checkpoint."
+        )
 
 
 def use_safe_files(trainer: L.Trainer) -> None:

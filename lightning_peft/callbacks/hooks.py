@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_peft.callbacks.kept_files import settle_kept_files
 from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
-from lightning_peft.callbacks.resuming import take_resume
+from lightning_peft.callbacks.resuming import check_states, take_resume
 from lightning_peft.callbacks.strategies import filters_itself, flattens, loads_late
 from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
@@ -158,6 +158,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     trainer = module._trainer
     if trainer is not None:  # what follows for a Trainer are the states of its callbacks
         settle_kept_files(trainer, checkpoint)
+        check_states(trainer, checkpoint)
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
     late = trainer is not None and loads_late(trainer)

@@ -75,7 +75,7 @@ def _check_form(callback: Any, state: Any) -> None:
         broken.append("dirpath")
     if not isinstance(scores, dict) or not all(isinstance(k, str) and _is_score(v) for k, v in scores.items()):
         broken.append("best_k_models")
-    elif state.get("kth_best_model_path") and state["kth_best_model_path"] not in scores:
+    elif not broken and state.get("kth_best_model_path") and state["kth_best_model_path"] not in scores:
         broken.append("kth_best_model_path")
     if broken:
         raise _refusal(callback, f"is damaged ({', '.join(dict.fromkeys(broken))})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,11 +13,47 @@ from torch import Tensor
 from lightning_peft.callbacks.strategies import loads_late
 from lightning_peft.errors import CheckpointError
 from lightning_peft.trainable import require, trainable_names
+from lightning_peft.untrusted import short
 
 _KINDS = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "callbacks": dict, "epoch": int}
 _KINDS |= {"global_step": int}
 #: states of torch's optimizers that have the shape of their parameter
 _ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
+
+
+def check_states(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Make sure that the states of Lightning's own callbacks are such as these callbacks write.
+
+    Raises:
+        CheckpointError: one is damaged; nothing has been loaded yet.
+    """
+    states = checkpoint.get("callbacks")
+    if states is None:
+        return
+    if not isinstance(states, Mapping):
+        raise CheckpointError(_damaged("callbacks"))
+    for callback in trainer.callbacks:
+        state = states.get(callback.state_key)
+        is_lightnings = type(callback).__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+        if not state or not is_lightnings or hasattr(callback, "best_k_models"):  # see `settle_kept_files`
+            continue
+        ours = callback.state_dict()
+        if not isinstance(state, Mapping) or not all(_alike(state[k], v) for k, v in ours.items() if k in state):
+            raise CheckpointError(_damaged(f"the state of {type(callback).__name__}"))
+        try:
+            copy.copy(callback).load_state_dict(copy.deepcopy(dict(state)))
+        except Exception as error:  # whatever it misses
+            raise CheckpointError(_damaged(f"the state of {type(callback).__name__} ({short(error)})")) from error
+
+
+def _alike(theirs: Any, ours: Any) -> bool:
+    """Whether a value in a file can stand where the callback has its own."""
+    if ours is None:
+        return True
+    numbers = (int, float, Tensor)
+    if isinstance(ours, numbers):
+        return isinstance(theirs, numbers) and (not isinstance(theirs, Tensor) or theirs.numel() == 1)
+    return isinstance(theirs, Mapping if isinstance(ours, Mapping) else type(ours))
 
 
 def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume: Any) -> None:

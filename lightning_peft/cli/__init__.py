@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lightning_peft.errors import PEFTError, printable
+from lightning_peft.errors import PEFTError
+from lightning_peft.untrusted import short
 
 USAGE = """usage: lightning-peft COMMAND [options]
 
@@ -54,7 +55,7 @@ def _files(words: list[str]) -> int:
     try:
         import_module(f"lightning_peft.cli.{words[0]}").main(words[1:])
     except PEFTError as error:
-        print(f"lightning-peft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lightning-peft: error: {short(error, 1500)}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -79,7 +80,7 @@ def _train(words: list[str]) -> int:
         known = _known(error)
         if known is None:
             raise
-        print(f"lightning-peft: error: {printable(known)}", file=sys.stderr)
+        print(f"lightning-peft: error: {short(known, 1500)}", file=sys.stderr)
         return 2
     return 0
 

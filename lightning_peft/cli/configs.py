@@ -24,7 +24,7 @@ def check_config(path: str) -> None:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: this is not YAML: {error.problem}. Check indentation and brackets.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         what = " ".join(str(error).split())
         raise ConfigError(f"{path}: this is not a text file in YAML: {what}") from None
     if not isinstance(root, yaml.MappingNode):

@@ -27,7 +27,7 @@ from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
-from lightning_peft.errors import ConfigError, PEFTError, printable
+from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate, read
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
@@ -46,7 +46,7 @@ class Parser(LightningArgumentParser):
         """Print one sentence and stop with status 2, in place of the usage and twenty lines."""
         if not self.exit_on_error:  # one attempt among several types: the next may fit
             super().error(message, ex)
-        text = printable(explain(message, _classes(), _options()))
+        text = short(explain(message, _classes(), _options()), 1500)
         print(f"lightning-peft: error: {text}", file=sys.stderr)
         raise SystemExit(2)  # no ordinary exception: jsonargparse would catch it and try something else
 

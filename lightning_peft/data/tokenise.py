@@ -14,6 +14,7 @@ from lightning_peft.data.prompts import Prompts
 from lightning_peft.data.template import Fields, Places
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
+from lightning_peft.untrusted import short
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +32,8 @@ def load_tokenizer(source: Any) -> Any:
         ConfigError: nothing that can be loaded, or no token to pad with.
     """
     tokenizer = _from_source(source) if isinstance(source, str) else source
+    if not hasattr(tokenizer, "pad_token_id"):
+        raise ConfigError(f"tokenizer={short(repr(source), 120)} is neither a tokenizer nor the name of one.")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ConfigError(

@@ -73,7 +73,7 @@ class Folder(NamedTuple):
 
     def refuse(self, reason: str) -> CheckpointError:
         """The error for what cannot be imported."""
-        return CheckpointError(f"{self.path}: {reason}")
+        return CheckpointError(f"{self.path}: {short(reason, 1000)}")
 
     def neutral(self, known: Mapping[str, Any] | set[str], harmless: Mapping[str, Any]) -> None:
         """Refuse fields that change the result and that nothing here stands for."""
@@ -82,8 +82,8 @@ class Folder(NamedTuple):
             if field in known or empty or (field in harmless and harmless[field] in (value, ...)):
                 continue
             raise self.refuse(
-                f"{field}={value!r} of {self.kind} has no counterpart here. Merge it with peft (merge_and_unload) and"
-                " go on from the merged model."
+                f"{short(field, 60)}={short(repr(value), 120)} of {short(self.kind, 60)} has no counterpart here. Merge"
+                " it with peft (merge_and_unload) and go on from the merged model."
             )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.bottleneck.placement import AdapterMethod
 from lightning_peft.checkpoint import withdraw
-from lightning_peft.errors import ConfigError, PEFTError
+from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
 from lightning_peft.fields import settle
 from lightning_peft.formats.card import card
 from lightning_peft.formats.folder import PROMPT, TUNER, Folder, Incoming, Outgoing, read_folder, write_folder
@@ -221,7 +221,9 @@ def import_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         targets = {n: m for n, m in incoming.targets.items() if not _inside(n, saved)}
         new = new_modules(root)
         place(root, [incoming.method], [targets], saved, [n for n in new if n in saved])
-    except (ConfigError, TypeError, KeyError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # fields of any content fail anywhere
         raise folder.refuse(f"it does not fit {type(root).__name__}: {error}") from error
     settle_outside(model)
     try:

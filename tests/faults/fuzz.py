@@ -1,7 +1,8 @@
-"""Give every entry point files that are broken or hostile: ``python -m tests.faults.fuzz --runs 2000``.
+"""Give every entry point files that are broken or hostile: ``python -m tests.faults.fuzz --cases 10000``.
 
-For each file: nothing runs, nothing loads that is not what was saved, the error is one of ours in one sentence, and the
-model is bit for bit what it was.
+For each file: nothing runs, nothing is looked for among the sender's modules, nothing is written or removed elsewhere,
+nothing loads that is not what was saved, the error is one of ours in one sentence, and the model is bit for bit what it
+was. Whole runs, with their configs and callbacks, are in `tests.faults.fuzz_runs`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from lightning_peft.files import read
 from lightning_peft.trainable import MARK
 from tests.contract.battery import shake
 from tests.faults import hostile
+from tests.faults.watch import Watch
 from tests.faults.workload import Net, rows
 from tests.models import trainer
 
@@ -214,28 +216,40 @@ def fuzz(runs: int, seed: int, first: int = 0) -> tuple[collections.Counter, lis
     found: collections.Counter = collections.Counter()
     wrong: list[str] = []
     signal.signal(signal.SIGALRM, _too_long)
+    usual = tempfile.tempdir
     with tempfile.TemporaryDirectory() as top:
         good = Good(Path(top))
+        watch = Watch([Path(top)], ("evil_module", "transformers_modules"))
+        tempfile.tempdir = top
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for i in range(first, first + runs):
             dice = random.Random(f"{seed}:{i}")
             entry = dice.choice(list(ENTRIES))
             lora = ["lora.ckpt"] if entry in _CHECKPOINTS else ["lora.ckpt", "lora.safetensors"]
             source = dice.choice(["houlsby.safetensors"] if entry == "AdapterFusion" else lora)
-            path = good.folder / f"bad{Path(source).suffix}"
+            name = dice.choice(("bad", "bad", "bad", "b\u202ead", "\U0001f600", ".", "b\nad"))
+            path = good.folder / f"{name}{Path(source).suffix}"
             done = bad_file(good, dice, source, path, entry == "Trainer.fit(ckpt_path)")
-            try:
-                found[entry, judge(good, entry, done, path)] += 1
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
+            problems = []
+            outcome = "WRONG"
+            with watch.on() as seen:
+                try:
+                    outcome = judge(good, entry, done, path)
+                except KeyboardInterrupt:
                     raise
-                found[entry, "WRONG"] += 1
-                wrong.append(f"{i}: {entry}, {done} of {source}: {type(error).__name__}: {str(error)[:300]}")
+                except BaseException as error:
+                    problems.append(f"{type(error).__name__}: {str(error)[:300]}")
+            for kind, what in seen.items():
+                found["did", kind] += len(what)
+                problems += [f"{kind}: {one}" for one in what[:3]]
+            found[entry, "WRONG" if problems else outcome] += 1
+            wrong += [f"{i}: {entry}, {done} of {source}: {problem}" for problem in problems]
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
             if grown > 300:
                 wrong.append(f"{i}: {entry}, {done} of {source}: {grown:.0f} MB taken")
                 memory += int(grown * 1024)
             path.unlink(missing_ok=True)
+        tempfile.tempdir = usual
     return found, wrong
 
 
@@ -249,25 +263,44 @@ def _too_long(*_: Any) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--cases", type=int, default=2000, help="of all kinds together")
+    parser.add_argument("--files", type=int, help="adapter files and checkpoints for the functions (55 %%)")
+    parser.add_argument("--runs", type=int, help="whole runs, folders and configs (43 %%)")
+    parser.add_argument("--cli", type=int, help="checkpoints for the command line (2 %%)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to repeat one")
-    parser.add_argument("--cli", type=int, default=20, help="of the files for the command line")
     options = parser.parse_args()
     from tests.faults.fuzz_cli import fuzz_cli
+    from tests.faults.fuzz_runs import fuzz_runs
     from tests.faults.kill import quiet
+
+    # a size out of a file must not take the machine's memory, whatever else goes wrong
+    resource.setrlimit(resource.RLIMIT_AS, (16 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    cli = options.cases // 50 if options.cli is None else options.cli
+    runs = options.cases * 43 // 100 if options.runs is None else options.runs
+    files = options.cases - cli - runs if options.files is None else options.files
 
     quiet()
     torch.set_num_threads(1)
     start = time.monotonic()
-    found, wrong = fuzz(options.runs, options.seed, options.first)
-    if options.cli:
-        more, also = fuzz_cli(options.cli, options.seed)
+    found: collections.Counter = collections.Counter()
+    wrong: list[str] = []
+    if files:
+        more, also = fuzz(files, options.seed, options.first)
         found, wrong = found + more, wrong + also
-    for entry in [*ENTRIES, "lightning-peft test"]:
+    if runs:
+        more, also = fuzz_runs(runs, options.seed, options.first)
+        found, wrong = found + more, wrong + also
+    if cli:
+        more, also = fuzz_cli(cli, options.seed)
+        found, wrong = found + more, wrong + also
+    entries = sorted({entry for entry, _ in found if entry != "did"})
+    for entry in entries:
         counts = {outcome: found[entry, outcome] for outcome in ("refused", "harmless", "WRONG")}
-        print(f"  {entry:<36}" + "".join(f"{n:6} {outcome}" for outcome, n in counts.items() if n))
-    print(f"{sum(found.values())} files in {time.monotonic() - start:.0f} s; {len(wrong)} wrong")
+        print(f"  {entry:<48}" + "".join(f"{n:6} {outcome}" for outcome, n in counts.items() if n))
+    total = sum(n for (entry, _), n in found.items() if entry != "did")
+    did = ", ".join(f"{found['did', kind]} {kind}" for kind in ("executed", "imported", "removed", "written"))
+    print(f"{total} cases in {time.monotonic() - start:.0f} s: {did} elsewhere; {len(wrong)} wrong")
     print("\n".join(wrong))
     raise SystemExit(bool(wrong))
 

@@ -39,6 +39,10 @@ NAMES += [
     "PrefixTuning",
     "FullFineTuning",
 ]
+#: names that lead upward, turn the direction of writing, move the cursor, or take four bytes a letter
+ODD = ["..", "a/../../b", "\u202egpj.exe", "\u2066x\u2069", "\U0001f600\U0001d11e", "\x1b[2J\x07", "a\nb"]
+ODD += ["\u00e9" * 200]
+NAMES += ODD
 NAMES += ["FullFineTuning", "BitFit", "DoRA", "QLoRA", "Houlsby", "PromptTuning", "IA3"]
 VALUES = [
     None,
@@ -70,6 +74,11 @@ VALUES += [
     "\ud83d\ude00",
     "0" * 64,
     b"\0",
+    "\ud800",
+    "{text.__class__}",
+    {"class_path": "evil_module.Loss"},
+    {"trust_remote_code": True},
+    *ODD,
 ]
 
 
@@ -164,7 +173,7 @@ def method_field(dice: Dice, state: dict, info: dict) -> None:
 def targets(dice: Dice, state: dict, info: dict) -> None:
     """Modules that are no targets, are not there, or are named twice."""
     names = info["methods"][0]["targets"]
-    odd = ["", ".", "..", "net", "1", "0.weight", "__class__", "../x", "0.base", "training", "a" * 3000, *names]
+    odd = ["", ".", "..", "net", "1", "0.weight", "__class__", "../x", "0.base", "training", "a" * 3000, *names, *ODD]
     names[dice.randrange(len(names))] = dice.choice(odd)
     if dice.random() < 0.3:
         info[dice.choice(("modules_to_save", "new_modules"))] = [dice.choice(odd)]
@@ -196,7 +205,7 @@ def tensor(dice: Dice, state: dict, info: dict) -> None:
     elif change == len(kinds):
         del state[name]
     else:
-        other = dice.choice(("../../x", "0.base.weight", "", "\0", "net.0.weight", "__class__", name + ".x"))
+        other = dice.choice(("../../x", "0.base.weight", "", "\0", "net.0.weight", "__class__", name + ".x", *ODD))
         state[other] = state.pop(name) if change == len(kinds) + 1 else t.clone()
         if change == len(kinds) + 3:
             info["keys"] = [other if k == name else k for k in info["keys"]]

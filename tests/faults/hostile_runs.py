@@ -44,7 +44,7 @@ class Run:
     called `EVIL`, both of which write ``marker``.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, words: int = 31_000) -> None:
         self.place, self.folder, self.marker = place, place / "run", place / "EXECUTED"
         self.code = place / "code"
         self.code.mkdir(parents=True)
@@ -53,7 +53,8 @@ class Run:
         (self.code / "config.json").write_text('{"model_type": "bert"}')
         (place / f"{EVIL}.py").write_text(code)
         (place / "rows.csv").write_text("text,label\n" + "".join(f"w{i},{NAMES[i % 3]}\n" for i in range(30)))
-        module = TaskModule(MODEL, CASE.task, label_names=NAMES)
+        self.model = MODEL | {"vocab_size": words}
+        module = TaskModule(self.model, CASE.task, label_names=NAMES)
         best = ModelCheckpoint(dirpath=self.folder / "checkpoints", filename="best", monitor="train_loss_epoch")
         fitted = trainer(self.folder, PEFT(LoRA(r=2)), best, max_epochs=1, limit_train_batches=2)
         fitted.fit(module, Data(CASE, NAMES))
@@ -74,7 +75,7 @@ class Run:
             "peft": {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2}},
             "model": {
                 "class_path": "lightning_peft.TaskModule",
-                "init_args": {"model": copy.deepcopy(MODEL), "task": CASE.task, "label_names": NAMES},
+                "init_args": {"model": copy.deepcopy(self.model), "task": CASE.task, "label_names": NAMES},
             },
             "data": {"class_path": "lightning_peft.TextDataModule", "init_args": data},
             "trainer": {"default_root_dir": str(self.folder), **quiet},
@@ -87,7 +88,7 @@ Change = Callable[[Run, dict[str, Any]], None]
 # ---- hyper-parameters of a checkpoint ----------------------------------------------------------------------------
 def remote_model(run: Run, parameters: dict[str, Any]) -> None:
     """A configuration that names a class in a folder of the sender, and the permission to run it."""
-    parameters["model"] = copy.deepcopy(MODEL) | {
+    parameters["model"] = copy.deepcopy(run.model) | {
         "auto_map": {"AutoModelForSequenceClassification": f"{run.code}--modeling_x.X"}
     }
     parameters["model_kwargs"] = {"trust_remote_code": True}
@@ -116,7 +117,7 @@ def pickled_base(run: Run, parameters: dict[str, Any]) -> None:
     base.mkdir(exist_ok=True)
     from transformers import BertConfig
 
-    fields = {k: v for k, v in MODEL.items() if k != "model_type"}
+    fields = {k: v for k, v in run.model.items() if k != "model_type"}
     BertConfig(**fields).save_pretrained(base)
     torch.save({"x": Payload(run.marker)}, base / "pytorch_model.bin")
     parameters["model"] = str(base)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+import yaml
 
 from lightning_peft import (
     CheckpointError,
@@ -279,3 +283,77 @@ def test_a_model_without_its_hostile_fields_is_the_model(run, tmp_path):
     batch = next(iter(torch.utils.data.DataLoader([{"input_ids": torch.arange(5, 14)}])))
     torch.testing.assert_close(module.model(**batch).logits, sound.model(**batch).logits)
     assert "auto_map" not in module.hparams["model"] and not module.hparams["model_kwargs"]
+
+
+# ---- each in a process of its own ----------------------------------------------------------------------------------
+RELOAD = """\
+import sys
+from lightning_peft import PEFTError, TaskModule, load_from_checkpoint
+for load in (TaskModule.load_from_checkpoint, lambda path: load_from_checkpoint(TaskModule, path)):
+    try:
+        load(sys.argv[1])
+    except PEFTError as error:
+        print("lightning-peft: error:", error, file=sys.stderr)
+"""
+
+
+def alone(run: Run, *words: object) -> str:
+    """Run a command in a process of its own, in the folder of the sender's code; returns what it says."""
+    command = [sys.executable, "-c", RELOAD] if words[0] == "reload" else [sys.executable, "-m", "lightning_peft"]
+    words = words[1:] if words[0] == "reload" else words
+    paths = os.pathsep.join([str(run.place), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2])])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    command += [str(word) for word in words]
+    done = subprocess.run(command, cwd=run.place, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 0 or done.stderr.count("lightning-peft: error: ") == 1
+    assert not run.marker.exists(), f"{words} ran the sender's code"
+    return done.stderr
+
+
+def test_the_marker_shows_code_that_runs(run):
+    """The check itself: where the user asks for the code, it runs."""
+    with_config(run, CONFIGS["callback_class"])
+    with pytest.raises(AssertionError, match="ran the sender's code"):
+        alone(run, "test", "--ckpt_path", run.path, "--config", run.folder / "config.yaml")
+
+
+SOME = ["remote_model", "pickled_base", "class_path_of_the_optimizer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "name"), [(v, n) for v in ("merge", "reload") for n in PARAMETERS] + [("export", n) for n in SOME]
+)
+def test_hyper_parameters_in_a_fresh_process(run, tmp_path, verb, name):
+    path = with_parameters(run, PARAMETERS[name], tmp_path / "a.ckpt")
+    alone(run, verb, path, *([] if verb == "reload" else [tmp_path / "out"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "name"), [("test", n) for n in CONFIGS] + [("predict", n) for n in ("model_class", "unpickling")]
+)
+def test_a_found_config_in_a_fresh_process(run, verb, name):
+    alone(run, verb, "--ckpt_path", with_config(run, CONFIGS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME)
+def test_a_test_of_hostile_hyper_parameters_in_a_fresh_process(run, name):
+    with_config(run)
+    with_parameters(run, PARAMETERS[name], run.path)
+    alone(run, "test", "--ckpt_path", run.path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_a_folder_with_an_adapter_and_a_config_in_a_fresh_process(run, tmp_path, verb):
+    """The config that lies beside the adapter describes the base, and names the sender's code."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(run.folder / "adapter", folder)
+    config = run.config()
+    CONFIGS["remote_code_in_a_config"](run, config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for place in (folder, folder / "adapter.safetensors"):
+        assert "error" not in alone(run, verb, place, tmp_path / f"out{place.suffix}")

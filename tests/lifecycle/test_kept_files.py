@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_peft import PEFT, CheckpointError, LoRA
 from lightning_peft.callbacks.kept_files import is_inside
@@ -95,6 +95,7 @@ def test_paths_outside_the_folder_are_refused(first, tmp_path, field, path):
         {"best_k_models": {"{run}/epoch=0.ckpt": torch.ones(2)}},
         {"kth_best_model_path": "{run}/nothing.ckpt"},
         {"best_model_path": 3},
+        {"kth_best_model_path": ["x"]},
         {"best_model_path": KeyError},
         {"best_model_score": KeyError},
         {"best_model_score": "high"},
@@ -196,6 +197,38 @@ def test_a_best_path_that_leads_nowhere_is_forgotten(first, tmp_path):
             Falling(), rows(), ckpt_path=tmp_path / "alone" / "last.ckpt"
         )
     assert keeper.best_model_path == ""
+
+
+@pytest.mark.parametrize("state", [["x"], {"patience": 3}, {"wait_count": "x"}, {"wait_count": None}, {"patience": {}}])
+def test_states_of_other_callbacks_are_looked_at_as_well(tmp_path, state):
+    """Lightning takes them as they are, and fails at the first use of a damaged one."""
+
+    def run():
+        stopper = EarlyStopping("score", patience=9, check_on_train_epoch_end=True)
+        return trainer(tmp_path, PEFT(LoRA(r=2)), saver(tmp_path / "run"), stopper, max_epochs=2)
+
+    first = run()
+    first.fit(Falling(), rows())
+    content = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    key = next(k for k in content["callbacks"] if k.startswith("EarlyStopping"))
+    sound = content["callbacks"][key]
+    content["callbacks"][key] = state
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match="part for resuming is damaged: the state of EarlyStopping"):
+        run().fit(Falling(), rows(), ckpt_path=tmp_path / "bad.ckpt")
+    content["callbacks"][key] = sound
+    torch.save(content, tmp_path / "good.ckpt")
+    run().fit(Falling(), rows(), ckpt_path=tmp_path / "good.ckpt")
+
+
+@pytest.mark.parametrize("version", [None, "", "0.9.0", "1.9", 3, "x"])
+def test_a_version_that_lightning_would_rewrite_is_refused(first, tmp_path, version):
+    """Before anyone has looked at it, Lightning turns fields of old checkpoints into states of callbacks."""
+    content = torch.load(first.last_model_path, weights_only=True)
+    content |= {"pytorch-lightning_version": version, "checkpoint_callback_best_model_path": str(tmp_path / "other")}
+    torch.save(content, tmp_path / "run" / "bad.ckpt")
+    with pytest.raises(CheckpointError, match=r"it says that version .* of Lightning wrote it"):
+        fit(tmp_path / "run", 3, tmp_path / "run" / "bad.ckpt")
 
 
 @pytest.mark.parametrize(
