@@ -59,3 +59,7 @@ class WriteError(PEFTError, OSError):
 
     def __str__(self) -> str:
         return printable(str(self.args[-1]))
+
+
+class MissingPackageError(PEFTError, ImportError):
+    """A package that this part of the library needs is not installed."""

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing import TYPE_CHECKING
 
 from lightning_peft.adapted import Adapted
 from lightning_peft.callbacks.strategies import flattens
 from lightning_peft.errors import TrainingError
+from lightning_peft.lightning_packages import rank_zero_warn
 from lightning_peft.sharding import named_parameters, unwrapped
 from lightning_peft.trainable import find, require, trainable_names
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _TOO_LATE = (
     "Build the network in `__init__` or `configure_model`, not in `setup` (callbacks are set up before the module)."
 )
-
-
-def check_trainer(trainer: L.Trainer) -> None:
-    """Objects of the two packages Lightning is published as do not mix."""
-    if not isinstance(trainer, L.Trainer):
-        raise TrainingError(
-            f"This Trainer is {type(trainer).__module__}.{type(trainer).__name__}; lightning_peft works with the"
-            " `lightning` package. Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
-        )
 
 
 def check_present(pl_module: L.LightningModule) -> None:

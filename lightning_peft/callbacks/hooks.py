@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks.kept_files import settle_kept_files
@@ -26,9 +23,13 @@ from lightning_peft.files import SECTION, split
 from lightning_peft.fingerprint import difference
 from lightning_peft.format1 import upgraded_section
 from lightning_peft.hollow import settle_base, waits
+from lightning_peft.lightning_packages import LightningDataModule, rank_zero_warn
 from lightning_peft.sharding import unwrapped
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.verify import other_base, verify, verify_section
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _SAVE = "_peft_save"
 _LEFT_OUT = "_peft_left_out"
@@ -109,7 +110,7 @@ def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer_states"] = by_position(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
     checkpoint[SECTION] = info
-    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, L.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint[key] = _loadable(module, checkpoint[key])
 
@@ -178,7 +179,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     if not loaded:
         checkpoint["state_dict"] = fitted
         make_way(module, fitted)
-        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING and not late
+        fits = trainer is not None and trainer.state.fn == "fit" and not late
         if fits and "optimizer_states" in checkpoint:
             module.__dict__[_WAITING] = checkpoint
     if waits(module):
@@ -187,7 +188,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
 
 def _refuse_weights_only(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     trainer = module._trainer
-    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    fits = trainer is not None and trainer.state.fn == "fit"
     if fits and not loads_late(trainer) and "optimizer_states" not in checkpoint:
         raise CheckpointError(
             "The checkpoint holds weights only (save_weights_only=True), so training cannot go on from it. Start a new"

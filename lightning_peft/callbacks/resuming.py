@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor
 
 from lightning_peft.callbacks.strategies import loads_late
 from lightning_peft.errors import CheckpointError
 from lightning_peft.trainable import require, trainable_names
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _KINDS = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "callbacks": dict, "epoch": int}
 _KINDS |= {"global_step": int}

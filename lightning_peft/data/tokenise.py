@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-
 from lightning_peft.data.prompts import Prompts
 from lightning_peft.data.template import Fields, Places
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
+from lightning_peft.lightning_packages import rank_zero_info, rank_zero_only
 
 if TYPE_CHECKING:
     from datasets import Dataset

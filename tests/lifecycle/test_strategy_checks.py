@@ -32,7 +32,7 @@ class Foreign(SingleDeviceStrategy):
 
 def test_unknown_strategies(tmp_path, monkeypatch):
     """Refused, unless allowed; relatives of known ones pass."""
-    monkeypatch.setattr("lightning_peft.callbacks.strategies.KNOWN", (DeepSpeedStrategy,))
+    monkeypatch.setattr("lightning_peft.callbacks.strategies.KNOWN", ("DeepSpeedStrategy",))
     run = trainer(tmp_path, PEFT(LoRA()), strategy=Foreign("cpu"))
     with pytest.raises(TrainingError, match=r"Foreign is not among .*PEFT\(\.\.\., allow_untested=True\)"):
         run.fit(Plain(), plain_loader())
