@@ -24,27 +24,39 @@ from lightning_peft.errors import MissingPackageError, TrainingError
 
 #: the preferred one first
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
+_OLDEST = "2.6"
 _FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 
 
 def _find_packages() -> tuple[ModuleType, ...]:
-    """The packages to serve: those that are imported, or else those that are installed."""
-    imported = [sys.modules[name] for name in _NAMES if sys.modules.get(name) is not None]
-    if imported:
-        return tuple(imported)
-    installed, failures = [], []
-    # The package that is imported last lends its logger to both, so the preferred one comes last.
-    for name in reversed(_NAMES):
-        try:
-            installed.insert(0, import_module(name))
-        except ImportError as error:
-            failures.append(error)
-    if not installed:
+    """The packages to serve: those that are imported, or else those that are installed.
+
+    Raises:
+        MissingPackageError: there is none, or those there are are too old.
+    """
+    found = [sys.modules[name] for name in _NAMES if sys.modules.get(name) is not None]
+    problems = []
+    if not found:
+        # The package that is imported last lends its logger to both, so the preferred one comes last.
+        for name in reversed(_NAMES):
+            try:
+                found.insert(0, import_module(name))
+            except ImportError as error:
+                problems.append(str(error))
+    served = [package for package in found if not _is_too_old(package)]
+    problems += [f"{package.__name__} is {package.__version__}" for package in found if _is_too_old(package)]
+    if not served:
         raise MissingPackageError(
-            f"This part of lightning_peft needs Lightning, which cannot be imported ({failures[0]}): pip install"
+            f"This part of lightning_peft needs Lightning {_OLDEST} or newer ({'; '.join(problems)}): pip install -U"
             " lightning (or pytorch-lightning). `inject`, `load_adapter`, `merge` and their like work without it."
         )
-    return tuple(installed)
+    return tuple(served)
+
+
+def _is_too_old(package: ModuleType) -> bool:
+    from packaging.version import Version  # comes with Lightning
+
+    return Version(package.__version__) < Version(_OLDEST)
 
 
 PACKAGES = _find_packages()
@@ -136,16 +148,22 @@ def package_of_class(kind: type) -> Any:
 
 def why_unknown(kind: type, what: str) -> str:
     """Why a class is not taken for a Trainer or LightningModule, and what to do."""
-    served = " or ".join(package.__name__ for package in PACKAGES)
+    served = [package.__name__ for package in PACKAGES]
     for base in kind.__mro__:
-        later = next((name for name in _NAMES if base.__module__.startswith(f"{name}.")), None)
-        if later is not None and later not in served:
+        other = next((name for name in _NAMES if base.__module__.startswith(f"{name}.")), None)
+        if other is None or other in served:
+            continue
+        if _is_too_old(sys.modules[other]):
             return (
-                f"{kind.__name__} is a {what} of {later}, and the classes of lightning_peft were made for {served}"
-                f" because {later} was not imported yet. Import {later}, or the library that brings it, before"
-                " lightning_peft."
+                f"{kind.__name__} is a {what} of {other} {sys.modules[other].__version__}; lightning_peft needs"
+                f" {_OLDEST} or newer."
             )
-    return f"{kind.__module__}.{kind.__qualname__} is not a {what} of {served}."
+        return (
+            f"{kind.__name__} is a {what} of {other}, and the classes of lightning_peft were made for {served[0]}"
+            f" because {other} was not imported yet. Import {other}, or the library that brings it, before"
+            " lightning_peft."
+        )
+    return f"{kind.__module__}.{kind.__qualname__} is not a {what} of {' or '.join(served)}."
 
 
 def fabric_module(package: Any, path: str) -> Any:

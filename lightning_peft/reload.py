@@ -19,6 +19,7 @@ from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import load_checkpoint, locate, read
 from lightning_peft.folders import as_file
 from lightning_peft.lightning_packages import every, fabric_module, package_of_class, why_unknown
+from lightning_peft.requirements import require_package
 from lightning_peft.trainable import find
 from lightning_peft.untrusted import (
     check_functions,
@@ -142,6 +143,8 @@ def rebuild(
     stored = content.setdefault(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
     stored.update(kwargs)
     made_by_parser = "_instantiator" in stored
+    if made_by_parser:
+        require_package("jsonargparse", f"{path} was written by LightningCLI: building the module from it")
     options = {"strict": strict} if issubclass(kind, every("LightningModule")) else {}
     try:
         with only_known_imports(_named(kind, kwargs)) if made_by_parser else nullcontext():

@@ -18,6 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
+    ["requirements"],
     ["paths", "header", "bytecode", "format1", "untrusted"],
     ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],

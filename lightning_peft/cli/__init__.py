@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.requirements import require_package
 
 USAGE = """usage: lightning-peft COMMAND [options]
 
@@ -66,9 +67,15 @@ def _train(words: list[str]) -> int:
     from lightning_peft.cli import quiet
 
     quiet.environment()
-    import_one_lightning()
-    from lightning_peft.cli.compare import compare
-    from lightning_peft.cli.run import run
+    try:
+        for package in ("jsonargparse", "docstring_parser", "rich"):
+            require_package(package, f"lightning-peft {words[0]}")
+        import_one_lightning()
+        from lightning_peft.cli.compare import compare
+        from lightning_peft.cli.run import run
+    except PEFTError as error:
+        print(f"lightning-peft: error: {error}", file=sys.stderr)
+        return 2
 
     quiet.logs()
     try:

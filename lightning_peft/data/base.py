@@ -20,6 +20,7 @@ from lightning_peft.lightning_packages import (
     restricted_classmethod,
 )
 from lightning_peft.reload import rebuild
+from lightning_peft.requirements import require_package
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -188,6 +189,7 @@ class SplitDataModule(LightningDataModule, ABC):
         """Make a split ready; a missing validation split is no error, any other is."""
         if split in self._ready:
             return
+        require_package("datasets", type(self).__name__)
         rows = self._predicted() if split == "predict" else self._rows(split)
         if rows is not None:
             self._ready[split] = self.encode(rows, split)
