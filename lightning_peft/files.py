@@ -198,7 +198,7 @@ def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not known or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(
             f"{where} is a plain checkpoint without a {SECTION!r} section: it was written without the PEFT callback, or"
-            " before adapters were injected. Load it into the model before injection; it cannot be resumed with PEFT."
+            " before adapters were injected. Load it into the model before injection; only FullFineTuning resumes it."
         )
     return upgraded(content["state_dict"], content[SECTION])
 

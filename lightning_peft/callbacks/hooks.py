@@ -23,8 +23,9 @@ from lightning_peft.files import SECTION, split
 from lightning_peft.fingerprint import difference
 from lightning_peft.format1 import upgraded_section
 from lightning_peft.hollow import settle_base, waits
-from lightning_peft.lightning_packages import LightningDataModule, rank_zero_warn
+from lightning_peft.lightning_packages import LightningDataModule, every, rank_zero_warn
 from lightning_peft.sharding import unwrapped
+from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.verify import other_base, verify, verify_section
 
@@ -39,6 +40,8 @@ _WAITING = "_peft_optimizers"  # a checkpoint whose optimizer states wait for th
 
 def install(pl_module: L.LightningModule, save: str) -> None:
     """Make saving trainable-only and loading strict, once per module."""
+    if is_complete(require(pl_module)[0].methods):
+        save = "full"  # the whole state of the module, with all that a plain checkpoint holds
     known = _SAVE in pl_module.__dict__
     pl_module.__dict__[_SAVE] = save
     if known:
@@ -161,6 +164,8 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         settle_kept_files(trainer, checkpoint)
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
+    if SECTION not in checkpoint and is_complete(require(module)[0].methods):
+        return  # a plain checkpoint, which FullFineTuning resumes: Lightning loads it, strictly
     late = trainer is not None and loads_late(trainer)
     loaded = SECTION in checkpoint and "state_dict" not in checkpoint  # DeepSpeed has loaded the weights itself
     if loaded:
@@ -208,5 +213,7 @@ def check_base(module: L.LightningModule) -> None:
 def settle_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Bring the optimizer states of a checkpoint into the order of the optimizers that are there by now."""
     checkpoint = module.__dict__.pop(_WAITING, None)
-    if checkpoint is not None:
+    # BackboneFinetuning and its like rebuild the groups of the saved optimizer in their own on_fit_start.
+    rebuilt = any(isinstance(callback, every("callbacks.BaseFinetuning")) for callback in trainer.callbacks)
+    if checkpoint is not None and not rebuilt:
         fit_optimizers(trainer, module, checkpoint, "The checkpoint")

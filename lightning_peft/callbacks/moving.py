@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.callbacks.strategies import flattens, loads_late, runs_under
+from lightning_peft.callbacks.strategies import flattens, has_optimizers, loads_late, runs_under
 from lightning_peft.checkpoint import fitting, make_way, reroot
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, load_checkpoint, split
@@ -25,7 +25,8 @@ from lightning_peft.lightning_packages import fabric_module, package_of
 from lightning_peft.paths import missing
 from lightning_peft.sharding import plain_name, sharded, write
 from lightning_peft.sharding import split as shard
-from lightning_peft.trainable import find, model_tensors
+from lightning_peft.switching import is_complete
+from lightning_peft.trainable import find, model_tensors, require
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -37,7 +38,7 @@ _ANEW = "Start a new fit from its weights instead: PEFT(init_from=PATH)."
 # ---- writing -------------------------------------------------------------------------------------------------------
 def optimizer_names(trainer: L.Trainer, module: nn.Module) -> list[Names]:
     """For each optimizer and each of its groups the names of the tensors in it."""
-    if flattens(trainer):
+    if flattens(trainer) or not has_optimizers(trainer):
         return []
     names = {id(p): plain_name(n) for n, p in module.named_parameters()}
     return [
@@ -133,7 +134,10 @@ class Loader:
         if find(self.module) is None or "://" in str(checkpoint_path):
             return original(checkpoint_path, weights_only)
         if loads_late(self.trainer):
-            return self.load(path)
+            content = self._content(path)
+            if SECTION not in content and is_complete(require(self.module)[0].methods):
+                return original(checkpoint_path, weights_only)  # a plain checkpoint, as without adapters
+            return self.load(path, content)
         if runs_under(self.trainer, "DeepSpeedStrategy"):
             if is_folder(path) or (path.is_file() and not strategy.load_full_weights):
                 raise CheckpointError(f"{path} is not by DeepSpeed, which resumes from folders of its own. {_ANEW}")
@@ -141,14 +145,19 @@ class Loader:
             return numbered_folder(path, self.trainer.state.fn == "fit")
         return original(checkpoint_path, weights_only)
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def _content(self, path: Path) -> dict[str, Any]:
+        """What a file holds, or a folder of shards but for the values of its tensors."""
+        if is_folder(path):
+            return read_rest(path) | {"state_dict": shapes(path)}
+        if not path.exists():
+            raise missing(path)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is neither a checkpoint file nor a folder of shards.")
+        return load_checkpoint(path)
+
+    def load(self, path: Path, content: dict[str, Any]) -> dict[str, Any]:
         """Compare, then load into shards."""
         where, folder = str(path), is_folder(path)
-        if not os.path.exists(path):
-            raise missing(path)
-        if not folder and not path.is_file():
-            raise CheckpointError(f"{where} is neither a checkpoint file nor a folder of shards.")
-        content = read_rest(path) | {"state_dict": shapes(path)} if folder else load_checkpoint(path)
         state, info = split(content, where)
         if self.trainer.state.fn == "fit":
             settle_base(self.module)  # a base loaded in on_fit_start

@@ -36,7 +36,7 @@ from lightning_peft.injection import as_methods, inject
 from lightning_peft.lightning_packages import Callback, every, is_overridden, package_of, rank_zero_info
 from lightning_peft.method import Method
 from lightning_peft.summary import describe, keep_sizes
-from lightning_peft.switching import settle_flags, switch
+from lightning_peft.switching import is_complete, settle_flags, switch
 from lightning_peft.trainable import find, frozen_statistics, require
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ class PEFT(Callback):
         if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
             injection, _, root = require(pl_module)
             switch(injection, root, merged=False)
-            settle_flags(injection, root)
+            # Under full fine-tuning it is the user's choice what is frozen, as it is without this callback.
+            if not is_complete(injection.methods):
+                settle_flags(injection, root)
 
     def _start_from(self, pl_module: L.LightningModule, path: str) -> None:
         try:

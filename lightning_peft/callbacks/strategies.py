@@ -71,6 +71,12 @@ def flattens(trainer: L.Trainer) -> bool:
     return runs_under(trainer, "DeepSpeedStrategy")
 
 
+def has_optimizers(trainer: L.Trainer) -> bool:
+    """Whether the module has optimizers; in the place of none Lightning puts one that does nothing."""
+    stand_in = every("core.optimizer._MockOptimizer")
+    return any(not isinstance(optimizer, stand_in) for optimizer in trainer.optimizers)
+
+
 def check_methods(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Methods that look at adapters between steps need to see them whole."""
     parts = ("regularizer", "transform_grads", "after_step")
