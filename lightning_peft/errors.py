@@ -64,3 +64,7 @@ class WriteError(PEFTError, OSError):
 
     def __str__(self) -> str:
         return _one_line(str(self.args[-1]))
+
+
+class MissingPackageError(PEFTError, ImportError):
+    """A package that this part of the library needs is not installed."""

@@ -201,7 +201,7 @@ def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not known:
         raise CheckpointError(
             f"{where} is a plain checkpoint without a {SECTION!r} section: it was written without the PEFT callback, or"
-            " before adapters were injected. Load it into the model before injection; it cannot be resumed with PEFT."
+            " before adapters were injected. Load it into the model before injection; only FullFineTuning resumes it."
         )
     return upgraded(content["state_dict"], content[SECTION])
 

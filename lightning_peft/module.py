@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.hooks import install
@@ -18,9 +15,10 @@ from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import inject_from
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import SECTION
+from lightning_peft.lightning_packages import L, LightningModule, rank_zero_info, restricted_classmethod
 from lightning_peft.reload import rebuild
 from lightning_peft.task.batches import check_labels
-from lightning_peft.task.hyperparameters import check, numbered, plain_options, tidy, unstorable
+from lightning_peft.task.hyperparameters import check, numbered, package_of_cli, plain_options, tidy, unstorable
 from lightning_peft.task.kinds import find_task
 from lightning_peft.task.labels import ask_data, check_words, fit_network
 from lightning_peft.task.loading import load, load_tokenizer
@@ -33,11 +31,18 @@ from lightning_peft.task.predictions import predict
 from lightning_peft.task.speed import Speed
 from lightning_peft.trainable import find
 
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+else:
+    # LightningCLI looks these types up here when it parses the arguments of a TaskModule.
+    _cli = import_module(f"{L.__name__}.cli")
+    LRSchedulerCallable, OptimizerCallable = _cli.LRSchedulerCallable, _cli.OptimizerCallable
+
 #: share of all steps the default schedule warms up for: LoRA, arXiv:2106.09685, table 9
 WARMUP = 0.06
 
 
-class TaskModule(L.LightningModule):
+class TaskModule(LightningModule):
     """Train, test and predict with a pretrained model; methods come from the `PEFT` callback.
 
     Logs ``{train,val,test}_loss`` and, per task, accuracy and macro F1, MAE and Pearson's r, or perplexity. Batches
@@ -106,7 +111,8 @@ class TaskModule(L.LightningModule):
         self.task = find_task(task)
         self.label_names, self.label_words = numbered(label_names, num_labels), label_words
         check(self.task, self.label_names, locals())
-        self.save_hyperparameters(ignore=unstorable(locals()), logger=False)
+        # Of the package whose LightningCLI builds this module, if one does: it hands over the parsed configuration.
+        package_of_cli().LightningModule.save_hyperparameters(self, ignore=unstorable(locals()), logger=False)
         tidy(self, model, model_kwargs)
         self.optimizer_factory, self.scheduler_factory = optimizer, lr_scheduler
         self.custom_loss, self.generate = loss, generate or {}
@@ -122,7 +128,7 @@ class TaskModule(L.LightningModule):
     #: arguments that may be import paths, which a file does not choose, each with a test whether a value is one
     import_fields: ClassVar[Mapping[str, Callable[[Any], bool]]] = {"loss": lambda value: isinstance(value, str)}
 
-    @_restricted_classmethod
+    @restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> TaskModule:
         """As `LightningModule.load_from_checkpoint`; nothing in the checkpoint chooses code.
 

@@ -8,19 +8,9 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import lightning.pytorch as L
 import torch
-from lightning.fabric.utilities.cloud_io import _load
-from lightning.pytorch.core.saving import (
-    _ALLOWED_INSTANTIATORS,
-    _default_map_location,
-    _load_state,
-    load_hparams_from_tags_csv,
-    load_hparams_from_yaml,
-)
-from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
 from torch import Tensor
 
 from lightning_peft.callbacks.hooks import install
@@ -28,6 +18,8 @@ from lightning_peft.checkpoint import adapter_state_dict, fitting_whole, inject_
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import load_checkpoint, locate, read
 from lightning_peft.folders import as_file
+from lightning_peft.lightning_packages import every, fabric_module, package_of_class, why_unknown
+from lightning_peft.requirements import require_package
 from lightning_peft.trainable import find
 from lightning_peft.untrusted import (
     check_functions,
@@ -39,8 +31,13 @@ from lightning_peft.untrusted import (
     without_places,
 )
 
-Module = TypeVar("Module", bound=L.LightningModule)
-Built = TypeVar("Built", bound=L.LightningModule | L.LightningDataModule)
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+#: functions of Lightning that build a module from stored arguments
+_BUILDERS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+Module = TypeVar("Module", bound="L.LightningModule")
+Built = TypeVar("Built", bound="L.LightningModule | L.LightningDataModule")
 
 
 def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.PathLike, **kwargs: Any) -> Module:
@@ -65,7 +62,7 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
 
 def _from_file(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[str, Any]) -> Module:
     state, info = read(file)  # one clear error for a plain, broken or unsafe file before anything is built
-    if isinstance(cls_or_module, L.LightningModule):
+    if isinstance(cls_or_module, every("LightningModule")):
         if kwargs:
             raise PEFTError(f"Constructor arguments ({', '.join(kwargs)}) go with a class, not with an instance.")
         module = cls_or_module
@@ -91,11 +88,8 @@ def _load_whole(module: L.LightningModule, state: Mapping[str, Tensor], info: Ma
 
 
 def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:
-    if not (isinstance(kind, type) and issubclass(kind, L.LightningModule)):
-        raise PEFTError(
-            f"{kind!r} is no lightning.pytorch.LightningModule. A class made for `pytorch_lightning` fits after"
-            " `import lightning.pytorch as pl`."
-        )
+    if not (isinstance(kind, type) and issubclass(kind, every("LightningModule"))):
+        raise PEFTError(why_unknown(kind if isinstance(kind, type) else type(kind), "LightningModule"))
     if kwargs.pop("strict", True) is not True:
         raise PEFTError("strict=False would hide missing adapter tensors; the frozen weights may be missing anyway.")
     kwargs.setdefault("map_location", "cpu")
@@ -136,41 +130,47 @@ def rebuild(
     Raises:
         CheckpointError: the stored arguments name code that is not loaded, or do not build the class.
     """
-    content = _read(path, map_location or _default_map_location, weights_only)
+    package = package_of_class(kind)
+    saving = package.core.saving
+    content = _read(package, path, map_location or saving._default_map_location, weights_only)
     if hparams_file is not None:
         content.pop(kind.CHECKPOINT_HYPER_PARAMS_KEY, None)
     _settle_arguments(kind, content, str(path), kwargs)
     if hparams_file is not None:
-        load = load_hparams_from_tags_csv if str(hparams_file).endswith(".csv") else load_hparams_from_yaml
+        is_csv = str(hparams_file).endswith(".csv")
+        load = saving.load_hparams_from_tags_csv if is_csv else saving.load_hparams_from_yaml
         content[kind.CHECKPOINT_HYPER_PARAMS_KEY] = load(hparams_file)
     stored = content.setdefault(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
     stored.update(kwargs)
     made_by_parser = "_instantiator" in stored
-    options = {"strict": strict} if issubclass(kind, L.LightningModule) else {}
+    if made_by_parser:
+        require_package("jsonargparse", f"{path} was written by LightningCLI: building the module from it")
+    options = {"strict": strict} if issubclass(kind, every("LightningModule")) else {}
     try:
         with only_known_imports(_named(kind, kwargs)) if made_by_parser else nullcontext():
-            built = _load_state(kind, content, **options, **kwargs)
+            built = saving._load_state(kind, content, **options, **kwargs)
     except PEFTError:
         raise
     except Exception as error:
         _explain(kind, path, error, made_by_parser)
         raise
-    if isinstance(built, L.LightningModule):
+    if isinstance(built, every("LightningModule")):
         device = next((t.device for t in content["state_dict"].values() if isinstance(t, Tensor)), None)
         built = built.to(device) if device is not None else built
     return built
 
 
-def _read(path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+def _read(package: Any, path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
     """The content of a checkpoint, in the form that this version of Lightning writes."""
     is_local = isinstance(path, (str, os.PathLike)) and ("://" not in str(path) or str(path).startswith("pkg://"))
     if is_local and weights_only is not False:
         content = load_checkpoint(locate(path), map_location, mmap=False)
     else:
-        content = _load(path, map_location=map_location, weights_only=weights_only is not False)
+        load = fabric_module(package, "utilities.cloud_io")._load
+        content = load(path, map_location=map_location, weights_only=weights_only is not False)
         settle_parameters(content)
     try:
-        return _pl_migrate_checkpoint(content, path if is_local else None)
+        return package.utilities.migration.utils._pl_migrate_checkpoint(content, path if is_local else None)
     except Exception as error:  # a version or a part that is not what it says
         raise CheckpointError(f"{path} is no checkpoint of Lightning, or a damaged one: {short(error)}") from error
 
@@ -196,11 +196,13 @@ def _settle_arguments(kind: type[Any], content: dict[str, Any], where: str, give
 def _settle_instantiator(kind: type[Any], stored: dict[str, Any], where: str) -> None:
     """LightningCLI notes which function builds the module, and of which class it was."""
     builder = stored["_instantiator"]
-    if not isinstance(builder, str) or builder not in _ALLOWED_INSTANTIATORS:
+    if not isinstance(builder, str) or builder not in _BUILDERS:
         raise CheckpointError(
             f"{where} names the function {short(repr(builder), 120)} to build the module with, which is not called"
             " because it could be any code. Build the module yourself, then load_adapter(module, path)."
         )
+    # The file may have been written with the other package of Lightning.
+    stored["_instantiator"] = f"{package_of_class(kind).__name__}.cli.instantiate_module"
     path = stored.get("_class_path")
     if path is None or _is_the_class(path, kind):
         return

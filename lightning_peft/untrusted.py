@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 from lightning_peft.errors import CheckpointError, printable
@@ -39,6 +39,8 @@ PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams", "mod
 
 #: the packages whose classes a file may name
 PACKAGES = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "lightning_peft")
+#: Lightning is published under two names; what was written with one is read with the other
+_LIGHTNING_NAMES = ("lightning.pytorch", "pytorch_lightning")
 #: what such a class must be: the package that defines the base class, and the name of the base class
 _BASES = {
     *("torch.Module", "torch.Optimizer", "torch.LRScheduler"),
@@ -133,7 +135,7 @@ def known_class(path: Any, where: str, way_out: str) -> type:
     Traceback (most recent call last):
     lightning_peft.errors.CheckpointError: a.ckpt: optimizer names 'torch.hub.os.system'. Of what a file names, only...
     """
-    found = _imported(path) if _reads_as_known(path) else None
+    found = _imported(under_imported_name(path)) if _reads_as_known(path) else None
     if not isinstance(found, type) or not _is_defined_in_a_known_package(found) or not _is_of_a_known_kind(found):
         raise CheckpointError(
             f"{where} names {short(repr(path), 120)}. Of what a file names, only classes of {', '.join(PACKAGES)} are"
@@ -147,9 +149,26 @@ def _reads_as_known(path: Any) -> bool:
     parts = path.split(".") if isinstance(path, str) else []
     if len(parts) < 2 or parts[0] not in PACKAGES:
         return False
-    if parts[0] == "pytorch_lightning" and parts[0] not in sys.modules:
-        return False  # it need not be installed, and a folder of this name could lie in the working directory
+    root = under_imported_name(path).split(".")[0]
+    if root not in sys.modules and not _is_installed(root):
+        return False  # a folder of this name could lie in the working directory
     return all(part.isidentifier() and not part.startswith("__") for part in parts)
+
+
+def under_imported_name(path: str) -> str:
+    """The path under the name by which Lightning is imported here, if the file was written with its other name."""
+    for name, other in (_LIGHTNING_NAMES, _LIGHTNING_NAMES[::-1]):
+        if path.startswith(f"{name}.") and name not in sys.modules and other in sys.modules:
+            return other + path.removeprefix(name)
+    return path
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _imported(path: str) -> Any:
@@ -231,7 +250,7 @@ def _class_of(spec: Mapping[str, Any], where: str, way_out: str, place: str) -> 
 
 def _is_in(module: str, name: str) -> bool:
     """Whether a module of a known package has a class of this name."""
-    return isinstance(getattr(import_module(module), name, None), type)
+    return isinstance(_imported(under_imported_name(f"{module}.{name}")), type)
 
 
 def _below(place: str, key: Any) -> str:

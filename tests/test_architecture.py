@@ -18,6 +18,7 @@ PACKAGE = Path(lightning_peft.__file__).parent
 #: each file may import only from lines above its own
 LAYERS = [
     ["errors"],
+    ["requirements"],
     ["paths", "header", "bytecode", "format1", "untrusted"],
     ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
@@ -46,6 +47,7 @@ LAYERS = [
     ["formats.peft"],
     ["formats"],
     ["export"],
+    ["lightning_packages"],
     ["callbacks.best", "callbacks.driving", "callbacks.checkpoint_io", "callbacks.kept_files"],
     ["callbacks.strategies"],
     ["callbacks.moving", "callbacks.checks", "callbacks.resuming"],
@@ -82,8 +84,7 @@ LAYERS = [
     ["cli"],
     ["__main__"],
 ]
-HEAVY = {"lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft", "matplotlib"}
-WITH_LIGHTNING = {"callbacks", "reload", "data", "task", "module", "compare", "cli"}
+HEAVY = {"lightning", "pytorch_lightning", "transformers", "wandb", "bitsandbytes", "datasets", "peft", "matplotlib"}
 
 
 def level(module: str) -> int:
@@ -133,8 +134,28 @@ def test_imports_go_downward(name):
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_heavy_libraries_only_where_used(name):
     heavy = {i.split(".")[0] for i in imports(modules()[name], everywhere=False)} & HEAVY
-    allowed = {"lightning"} if name.split(".")[0] in WITH_LIGHTNING else set()
-    assert heavy <= allowed
+    assert not heavy
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_lightning_is_imported_in_one_place(name):
+    """`lightning_packages` decides which of the two packages is meant; only annotations name one of them."""
+    tree = ast.parse(modules()[name].read_text())
+    for_annotations = [
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", None) == "TYPE_CHECKING"
+        for statement in block.body
+        for node in ast.walk(statement)
+    ]
+    for node in ast.walk(tree):
+        imported = []
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported = [node.module or ""]
+        named = [n for n in imported if n.split(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric")]
+        assert not named or node in for_annotations, f"line {node.lineno} imports {named[0]}"
 
 
 def test_core_loads_neither_lightning_nor_transformers():

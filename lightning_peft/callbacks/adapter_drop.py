@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import Any
-
-import lightning.pytorch as L
-from lightning.pytorch.strategies import DDPStrategy
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.bottleneck.placement import adapter_layers, drop_layers
+from lightning_peft.callbacks.strategies import runs_under
 from lightning_peft.errors import ConfigError, TrainingError
+from lightning_peft.lightning_packages import Callback
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 
-class AdapterDrop(L.Callback):
+class AdapterDrop(Callback):
     """Drop the bottleneck adapters of the first n layers: n random in each training step, fixed at inference.
 
     AdapterDrop (Rücklé et al. 2020, arXiv:2010.11918). Trained this way, adapters lose little when the lower ones are
@@ -62,7 +64,7 @@ class AdapterDrop(L.Callback):
         self._most = depth if self.max_drop is None else self.max_drop
         strategy = trainer.strategy
         unused = getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters", False)
-        if isinstance(strategy, DDPStrategy) and self._most and not unused:
+        if runs_under(trainer, "DDPStrategy") and self._most and not unused:
             raise TrainingError(
                 "AdapterDrop leaves adapters without a gradient in each step, which DDP takes for an error. Use"
                 " Trainer(strategy='ddp_find_unused_parameters_true')."

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_peft.checkpoint import adapter_state_dict, section
 from lightning_peft.files import read
+from lightning_peft.lightning_packages import every
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 
 def best_path(trainer: L.Trainer) -> str | None:
     """The best checkpoint of the first `ModelCheckpoint` that monitors a metric, if it exists."""
     for callback in trainer.checkpoint_callbacks:
-        monitors = isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path
-        if monitors and Path(callback.best_model_path).exists():
+        if not isinstance(callback, every("callbacks.ModelCheckpoint")):
+            continue
+        if callback.monitor and callback.best_model_path and Path(callback.best_model_path).exists():
             return callback.best_model_path
     return None
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from packaging.version import InvalidVersion, Version
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, load_checkpoint
+from lightning_peft.lightning_packages import TorchCheckpointIO, every
 from lightning_peft.paths import missing
 from lightning_peft.replacing import replacing
 from lightning_peft.untrusted import short
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -74,9 +75,9 @@ def use_safe_files(trainer: L.Trainer) -> None:
     """Replace Lightning's plain reader and writer; one that the user chose stays, as do those of sharded strategies."""
     strategy, outer = trainer.strategy, None
     io: Any = strategy.checkpoint_io
-    while isinstance(io, _WrappingCheckpointIO):
+    while isinstance(io, every("plugins.io.wrapper._WrappingCheckpointIO")):
         outer, io = io, io.checkpoint_io
-    if type(io) is not TorchCheckpointIO:
+    if type(io) not in every("plugins.io.TorchCheckpointIO"):
         return
     if outer is None:
         strategy.checkpoint_io = SafeCheckpointIO()

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as L
+from typing import TYPE_CHECKING
+
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.adapted import Adapted, is_bypassed
-from lightning_peft.callbacks.strategies import flattens
+from lightning_peft.callbacks.strategies import flattens, has_optimizers
 from lightning_peft.errors import TrainingError
+from lightning_peft.lightning_packages import rank_zero_warn
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import named_parameters, unwrapped
+from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, find, require, trainable_names
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _TOO_LATE = (
     "Build the network in `__init__` or `configure_model`, not in `setup` (callbacks are set up before the module)."
 )
-
-
-def check_trainer(trainer: L.Trainer) -> None:
-    """Objects of the two packages Lightning is published as do not mix."""
-    if not isinstance(trainer, L.Trainer):
-        raise TrainingError(
-            f"This Trainer is {type(trainer).__module__}.{type(trainer).__name__}; lightning_peft works with the"
-            " `lightning` package. Replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`."
-        )
 
 
 def check_present(pl_module: L.LightningModule) -> None:
@@ -65,6 +61,8 @@ def check_nothing_new(pl_module: L.LightningModule) -> None:
     """Parameters that appeared after the injection are neither frozen nor saved as meant."""
     check_present(pl_module)
     injection, prefix, root = require(pl_module)
+    if is_complete(injection.methods):
+        return  # everything trains and is saved, whenever it appeared
     late = sorted({unwrapped(n) for n, _ in root.named_parameters()} - set(injection.trained) - set(injection.frozen))
     if late:
         names = ", ".join(prefix + n for n in late[:4])
@@ -72,21 +70,35 @@ def check_nothing_new(pl_module: L.LightningModule) -> None:
 
 
 def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Everything that trains must be in some optimizer."""
+    """Everything that trains must be in some optimizer.
+
+    FullFineTuning accepts what Lightning does without it: parameters that no optimizer holds stay as they are.
+    """
     if flattens(trainer):
+        return
+    if not has_optimizers(trainer):
+        rank_zero_warn("configure_optimizers returned no optimizer: the adapters will not train.")
         return
     held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     wanted = set(trainable_names(pl_module))
-    lost = [n for n, p in named_parameters(pl_module) if n in wanted and id(p) not in held]
-    if lost and trainer.optimizers:
+    outside = [(n, p) for n, p in named_parameters(pl_module) if n in wanted and id(p) not in held]
+    if is_complete(require(pl_module)[0].methods):
+        # What is frozen at the moment may join the optimizer later: BackboneFinetuning adds it then.
+        idle = [n for n, p in outside if p.requires_grad]
+        if idle:
+            rank_zero_warn(
+                f"{len(idle)} of {len(wanted)} trainable tensors are in no optimizer ({', '.join(idle[:3])}, …): they"
+                " stay as they are."
+            )
+        return
+    if outside:
+        names = ", ".join(n for n, _ in outside[:3])
         raise TrainingError(
-            f"{len(lost)} of {len(wanted)} trainable tensors are in no optimizer ({', '.join(lost[:3])}, …) and would"
-            " never move. Build the optimizer in `configure_optimizers` from"
-            " [p for p in self.parameters() if p.requires_grad]; with LightningCLI set auto_configure_optimizers=False,"
-            " because it collects the parameters before the adapters exist."
+            f"{len(outside)} of {len(wanted)} trainable tensors are in no optimizer ({names}, …) and would never move."
+            " Build the optimizer in `configure_optimizers` from [p for p in self.parameters() if p.requires_grad];"
+            " with LightningCLI set auto_configure_optimizers=False, because it collects the parameters before the"
+            " adapters exist."
         )
-    if not trainer.optimizers:
-        rank_zero_warn("configure_optimizers returned no optimizer: the adapters will not train.")
 
 
 def check_rates(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

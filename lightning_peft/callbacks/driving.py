@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor
 
@@ -14,6 +13,9 @@ from lightning_peft.adapted import Delta
 from lightning_peft.method import Method
 from lightning_peft.sharding import gathered
 from lightning_peft.trainable import find, require
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 
 def add_loss_terms(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

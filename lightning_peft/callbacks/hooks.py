@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.callbacks.kept_files import settle_kept_files
@@ -26,9 +23,14 @@ from lightning_peft.files import SECTION, split
 from lightning_peft.fingerprint import difference
 from lightning_peft.format1 import upgraded_section
 from lightning_peft.hollow import settle_base, waits
+from lightning_peft.lightning_packages import LightningDataModule, every, rank_zero_warn
 from lightning_peft.sharding import unwrapped
+from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.verify import other_base, verify, verify_section
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _SAVE = "_peft_save"
 _LEFT_OUT = "_peft_left_out"
@@ -38,6 +40,8 @@ _WAITING = "_peft_optimizers"  # a checkpoint whose optimizer states wait for th
 
 def install(pl_module: L.LightningModule, save: str) -> None:
     """Make saving trainable-only and loading strict, once per module."""
+    if is_complete(require(pl_module)[0].methods):
+        save = "full"  # the whole state of the module, with all that a plain checkpoint holds
     known = _SAVE in pl_module.__dict__
     pl_module.__dict__[_SAVE] = save
     if known:
@@ -109,7 +113,7 @@ def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["optimizer_states"] = by_position(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
     checkpoint[SECTION] = info
-    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, L.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint[key] = _loadable(module, checkpoint[key])
 
@@ -161,6 +165,8 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         check_states(trainer, checkpoint)
     if find(module) is None:  # unloaded or merged for good: an ordinary module again
         return
+    if SECTION not in checkpoint and is_complete(require(module)[0].methods):
+        return  # a plain checkpoint, which FullFineTuning resumes: Lightning loads it, strictly
     late = trainer is not None and loads_late(trainer)
     # DeepSpeed has loaded the weights itself
     loaded = trainer is not None and flattens(trainer) and SECTION in checkpoint and "state_dict" not in checkpoint
@@ -180,7 +186,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     if not loaded:
         checkpoint["state_dict"] = fitted
         make_way(module, fitted)
-        fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING and not late
+        fits = trainer is not None and trainer.state.fn == "fit" and not late
         if fits and "optimizer_states" in checkpoint:
             module.__dict__[_WAITING] = checkpoint
     if waits(module):
@@ -189,7 +195,7 @@ def _verify(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
 
 def _refuse_weights_only(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     trainer = module._trainer
-    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    fits = trainer is not None and trainer.state.fn == "fit"
     if fits and not loads_late(trainer) and "optimizer_states" not in checkpoint:
         raise CheckpointError(
             "The checkpoint holds weights only (save_weights_only=True), so training cannot go on from it. Start a new"
@@ -209,5 +215,7 @@ def check_base(module: L.LightningModule) -> None:
 def settle_optimizers(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Bring the optimizer states of a checkpoint into the order of the optimizers that are there by now."""
     checkpoint = module.__dict__.pop(_WAITING, None)
-    if checkpoint is not None:
+    # BackboneFinetuning and its like rebuild the groups of the saved optimizer in their own on_fit_start.
+    rebuilt = any(isinstance(callback, every("callbacks.BaseFinetuning")) for callback in trainer.callbacks)
+    if checkpoint is not None and not rebuilt:
         fit_optimizers(trainer, module, checkpoint, "The checkpoint")

@@ -14,14 +14,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
+from lightning_peft.lightning_packages import rank_zero_warn
 from lightning_peft.untrusted import short
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _PATHS = ("best_model_path", "last_model_path", "kth_best_model_path")
 

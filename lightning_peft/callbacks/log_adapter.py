@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_peft.callbacks.best import best_adapter, best_path
 from lightning_peft.callbacks.strategies import readable
 from lightning_peft.files import ADAPTER, write_adapter
 from lightning_peft.formats.card import card
+from lightning_peft.lightning_packages import Callback, every, rank_zero_warn
 from lightning_peft.replacing import replacing
 from lightning_peft.summary import summarize
 
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
-class LogAdapter(L.Callback):
+
+class LogAdapter(Callback):
     """Log method, counts, targets and the base's fingerprint into every logger's config, and the adapter to W&B.
 
     The counts are those of `summarize`, under the key ``peft``. The W&B artifact (type ``adapter``) is a folder with
@@ -39,7 +39,7 @@ class LogAdapter(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapter as an artifact."""
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, every("loggers.WandbLogger"))]
         if trainer.fast_dev_run or not loggers:
             return
         if not readable(trainer) and not Path(best_path(trainer) or "").is_file():
@@ -61,7 +61,7 @@ def record(pl_module: L.LightningModule) -> dict[str, Any]:
 
 
 def _log_artifact(
-    logger: WandbLogger,
+    logger: L.loggers.WandbLogger,
     trainer: L.Trainer,
     pl_module: L.LightningModule,
     state: dict[str, Tensor],
@@ -94,6 +94,8 @@ def write_folder(
 def _metrics(trainer: L.Trainer) -> dict[str, float]:
     """What the best checkpoint was chosen by; without one, the last values of the run."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
+        if not isinstance(callback, every("callbacks.ModelCheckpoint")):
+            continue
+        if callback.monitor and callback.best_model_score is not None:
             return {callback.monitor: float(callback.best_model_score)}
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
-
-import lightning.pytorch as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from typing import TYPE_CHECKING, Literal
 
 from lightning_peft.callbacks.best import best_path
 from lightning_peft.callbacks.peft import PEFT
@@ -15,12 +12,16 @@ from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.export import check_target, float_base, save_merged
 from lightning_peft.files import near
+from lightning_peft.lightning_packages import Callback, rank_zero_info, rank_zero_warn
 from lightning_peft.merging import merge, obstacle, packed_obstacle
 from lightning_peft.method import Method
 from lightning_peft.trainable import find, require
 
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
-class MergeOnFitEnd(L.Callback):
+
+class MergeOnFitEnd(Callback):
     """After ``fit``, load the chosen weights and fold the adapters into the base.
 
     The merge in memory is reversible: a later ``fit`` or a ``ckpt_path`` unmerges by itself, so nothing is applied

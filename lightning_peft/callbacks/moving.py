@@ -9,25 +9,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.callbacks.strategies import flattens, loads_late
+from lightning_peft.callbacks.strategies import flattens, has_optimizers, loads_late, runs_under
 from lightning_peft.checkpoint import fitting, make_way, reroot
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, load_checkpoint, split
 from lightning_peft.folders import is_folder, read_folder, read_index, read_rest, shapes
 from lightning_peft.format1 import name_in_format2, upgraded_section
 from lightning_peft.hollow import settle_base
+from lightning_peft.lightning_packages import fabric_module, package_of
 from lightning_peft.paths import missing
 from lightning_peft.sharding import plain_name, sharded, write
 from lightning_peft.sharding import split as shard
-from lightning_peft.trainable import find, model_tensors
+from lightning_peft.switching import is_complete
+from lightning_peft.trainable import find, model_tensors, require
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 Names = list[list[str]]
 _ANEW = "Start a new fit from its weights instead: PEFT(init_from=PATH)."
@@ -36,7 +38,7 @@ _ANEW = "Start a new fit from its weights instead: PEFT(init_from=PATH)."
 # ---- writing -------------------------------------------------------------------------------------------------------
 def optimizer_names(trainer: L.Trainer, module: nn.Module) -> list[Names]:
     """For each optimizer and each of its groups the names of the tensors in it."""
-    if flattens(trainer):
+    if flattens(trainer) or not has_optimizers(trainer):
         return []
     names = {id(p): plain_name(n) for n, p in module.named_parameters()}
     return [
@@ -132,27 +134,35 @@ class Loader:
         if find(self.module) is None or "://" in str(checkpoint_path):
             return original(checkpoint_path, weights_only)
         if loads_late(self.trainer):
-            return self.load(path)
-        if isinstance(strategy, DeepSpeedStrategy):
+            content = self._content(path)
+            if SECTION not in content and is_complete(require(self.module)[0].methods):
+                return original(checkpoint_path, weights_only)  # a plain checkpoint, as without adapters
+            return self.load(path, content)
+        if runs_under(self.trainer, "DeepSpeedStrategy"):
             if is_folder(path) or (path.is_file() and not strategy.load_full_weights):
                 raise CheckpointError(f"{path} is not by DeepSpeed, which resumes from folders of its own. {_ANEW}")
         elif is_folder(path):
-            return numbered_folder(path, self.trainer.state.fn == TrainerFn.FITTING)
+            return numbered_folder(path, self.trainer.state.fn == "fit")
         return original(checkpoint_path, weights_only)
 
-    def load(self, path: Path) -> dict[str, Any]:
+    def _content(self, path: Path) -> dict[str, Any]:
+        """What a file holds, or a folder of shards but for the values of its tensors."""
+        if is_folder(path):
+            return read_rest(path) | {"state_dict": shapes(path)}
+        if not path.exists():
+            raise missing(path)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is neither a checkpoint file nor a folder of shards.")
+        return load_checkpoint(path)
+
+    def load(self, path: Path, content: dict[str, Any]) -> dict[str, Any]:
         """Compare, then load into shards."""
         where, folder = str(path), is_folder(path)
-        if not os.path.exists(path):
-            raise missing(path)
-        if not folder and not path.is_file():
-            raise CheckpointError(f"{where} is neither a checkpoint file nor a folder of shards.")
-        content = read_rest(path) | {"state_dict": shapes(path)} if folder else load_checkpoint(path)
         state, info = split(content, where)
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self.trainer.state.fn == "fit":
             settle_base(self.module)  # a base loaded in on_fit_start
         fitted = fitting(self.module, state, info, where, hollow=folder)
-        fits = self.trainer.state.fn == TrainerFn.FITTING
+        fits = self.trainer.state.fn == "fit"
         if fits and not (info.get("resume") or {}).get("optimizers"):
             raise CheckpointError(f"{where} holds weights and no optimizer state, so it cannot be resumed. {_ANEW}")
         if fits and not folder:
@@ -169,20 +179,18 @@ class Loader:
         return content
 
     def _weights(self, state: Mapping[str, Tensor]) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            from lightning.fabric.strategies.model_parallel import _load_raw_module_state
-
+        if runs_under(self.trainer, "FSDPStrategy"):
             model, size = self.trainer.strategy.model, self.trainer.world_size
-            _load_raw_module_state(dict(state), model, size, strict=False)  # type: ignore[arg-type]
+            load = fabric_module(package_of(self.trainer), "strategies.model_parallel")._load_raw_module_state
+            load(dict(state), model, size, strict=False)  # type: ignore[arg-type]
             return
         tensors = model_tensors(self.module)
         for name, value in state.items():
             write(tensors[name], value)
 
     def _optimizers(self, states: list[dict[str, Any]]) -> None:
-        strategy = self.trainer.strategy
         for optimizer, state in zip(self.trainer.optimizers, states, strict=True):
-            if isinstance(strategy, FSDPStrategy):
+            if runs_under(self.trainer, "FSDPStrategy"):
                 optimizer.load_state_dict(self._flattened(optimizer, state))
                 continue
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -193,7 +201,6 @@ class Loader:
 
     def _flattened(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """As `FullyShardedDataParallel` wants it."""
-        from lightning.fabric.strategies.fsdp import _get_full_state_dict_context
         from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
         model: Any = self.trainer.strategy.model
@@ -203,8 +210,8 @@ class Loader:
             "state": {flat[i]: s for i, s in state["state"].items()},
             "param_groups": [{**g, "params": [flat[i] for i in g["params"]]} for g in state["param_groups"]],
         }
-        context: Any = _get_full_state_dict_context(model, world_size=self.trainer.world_size, rank0_only=False)
-        with context:
+        fsdp = fabric_module(package_of(self.trainer), "strategies.fsdp")
+        with fsdp._get_full_state_dict_context(model, world_size=self.trainer.world_size, rank0_only=False):
             return FSDP.optim_state_dict_to_load(model, optimizer, named)
 
     def _weights_from(self, path: Path, info: Mapping[str, Any]) -> None:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.callbacks.checkpoint_io import use_safe_files
 from lightning_peft.callbacks.checks import (
@@ -20,7 +15,6 @@ from lightning_peft.callbacks.checks import (
     check_optimizers,
     check_present,
     check_rates,
-    check_trainer,
 )
 from lightning_peft.callbacks.driving import Transfer, add_loss_terms, change_gradients, step_taken
 from lightning_peft.callbacks.hooks import check_base, install, settle_optimizers
@@ -40,13 +34,17 @@ from lightning_peft.checkpoint import load_adapter, withdraw
 from lightning_peft.errors import ConfigError, PEFTError, TrainingError
 from lightning_peft.hollow import inject_hollow, is_hollow
 from lightning_peft.injection import as_methods, inject
+from lightning_peft.lightning_packages import Callback, every, is_overridden, package_of, rank_zero_info
 from lightning_peft.method import Method
 from lightning_peft.summary import describe, keep_sizes
-from lightning_peft.switching import settle_flags, switch
+from lightning_peft.switching import is_complete, settle_flags, switch
 from lightning_peft.trainable import find, frozen_statistics, require
 
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
-class PEFT(L.Callback):
+
+class PEFT(Callback):
     """Fine-tune any LightningModule with a method; every checkpoint holds only what was trained.
 
     Injects before the optimizers are built (in ``setup``, or at the end of ``configure_model`` where the module has
@@ -90,7 +88,7 @@ class PEFT(L.Callback):
     # ---- before training -------------------------------------------------------------------------------------------
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Inject now, or defer to the end of ``configure_model``."""
-        check_trainer(trainer)
+        package_of(trainer)  # an error for a Trainer of a package that was imported too late
         check_strategy(trainer, self.allow_untested)
         use_safe_files(trainer)
         self._check_order(trainer, pl_module, stage)
@@ -100,7 +98,7 @@ class PEFT(L.Callback):
         deferred = is_overridden("configure_model", pl_module)
         if deferred and loads_late(trainer) and any(True for _ in pl_module.parameters()):
             self.ensure(pl_module, stage)  # before configure_model shards what is there
-        if isinstance(trainer.precision_plugin, BitsandbytesPrecision) and not deferred:
+        if isinstance(trainer.precision_plugin, every("plugins.BitsandbytesPrecision")) and not deferred:
             # Lightning would do so a moment later: methods must see the layers that train
             check_not_adapted(pl_module)
             trainer.precision_plugin.convert_module(pl_module)
@@ -129,7 +127,9 @@ class PEFT(L.Callback):
         if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
             injection, _, root = require(pl_module)
             switch(injection, root, merged=False)
-            settle_flags(injection, root)
+            # Under full fine-tuning it is the user's choice what is frozen, as it is without this callback.
+            if not is_complete(injection.methods):
+                settle_flags(injection, root)
 
     def _start_from(self, pl_module: L.LightningModule, path: str) -> None:
         try:
@@ -224,14 +224,15 @@ class PEFT(L.Callback):
         """Callbacks that deep-copy the module in their setup must come after the injection."""
         if sum(isinstance(c, PEFT) for c in trainer.callbacks) > 1:
             raise ConfigError("The Trainer has two PEFT callbacks. Give one of them a list: PEFT([...]).")
-        averaging = (StochasticWeightAveraging, WeightAveraging)
+        stochastic = every("callbacks.StochasticWeightAveraging")
+        averaging = stochastic + every("callbacks.WeightAveraging")
         for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
             if isinstance(callback, averaging):
                 raise TrainingError(
                     f"{type(callback).__name__} copies the module before PEFT adapts it. Put PEFT first:"
                     f" Trainer(callbacks=[PEFT(...), {type(callback).__name__}(...)])."
                 )
-        swa = any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)
+        swa = any(isinstance(c, stochastic) for c in trainer.callbacks)
         if swa and stage == "fit" and is_overridden("configure_model", pl_module) and find(pl_module) is None:
             raise TrainingError(
                 "StochasticWeightAveraging copies the module before `configure_model` has run. Build the network in"

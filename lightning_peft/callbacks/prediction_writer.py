@@ -6,15 +6,16 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.errors import ConfigError, TrainingError
+from lightning_peft.lightning_packages import BasePredictionWriter, rank_zero_info
 from lightning_peft.replacing import replacing
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _WRITERS = (".csv", ".jsonl")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor
 
 from lightning_peft.callbacks.strategies import loads_late
 from lightning_peft.errors import CheckpointError
+from lightning_peft.switching import is_complete
 from lightning_peft.trainable import require, trainable_names
 from lightning_peft.untrusted import short
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _KINDS = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "callbacks": dict, "epoch": int}
 _KINDS |= {"global_step": int}
@@ -69,7 +72,9 @@ def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume
     late = module._trainer is not None and loads_late(module._trainer)  # sharded states are compared as they load
     if not late and "optimizer_states" not in broken:
         named = dict(module.named_parameters())
-        shapes = {named[n].shape for n in trainable_names(module)}
+        # Under full fine-tuning a frozen part may be trained later, and be in the optimizer of the file already.
+        complete = is_complete(require(module)[0].methods)
+        shapes = {named[n].shape for n in (named if complete else trainable_names(module))}
         broken += [] if _fitting(checkpoint["optimizer_states"], shapes) else ["optimizer_states"]
     if broken:
         raise CheckpointError(_damaged(", ".join(broken)))

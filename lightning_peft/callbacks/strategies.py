@@ -4,43 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing import TYPE_CHECKING
 
 from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.callbacks.best import best_path
 from lightning_peft.errors import TrainingError
+from lightning_peft.lightning_packages import every, rank_zero_warn
 from lightning_peft.method import Method
 from lightning_peft.sharding import named_parameters, sharded
 from lightning_peft.trainable import adapted_modules, require, state_names, trainable_names
 
-KNOWN = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+KNOWN = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy")
 _BEFORE = (
     "build the network in `__init__`, where PEFT adapts it before `configure_model` shards it, or call"
     " lightning_peft.inject_now(self) in `configure_model` between building and `fully_shard`."
 )
 
 
+def runs_under(trainer: L.Trainer, *names: str) -> bool:
+    """Whether the Trainer's strategy is one of these classes of Lightning, or derives from one."""
+    return any(isinstance(trainer.strategy, every(f"strategies.{name}")) for name in names)
+
+
 def check_strategy(trainer: L.Trainer, allow_untested: bool) -> None:
     """Unknown strategies are better refused than wrong on some rank."""
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if not isinstance(strategy, KNOWN) and not allow_untested:
+    if not runs_under(trainer, *KNOWN) and not allow_untested:
         raise TrainingError(
-            f"{name} is not among the strategies that PEFT is tested with ({', '.join(k.__name__ for k in KNOWN)})."
+            f"{name} is not among the strategies that PEFT is tested with ({', '.join(KNOWN)})."
             " Use one of them, or try it with PEFT(..., allow_untested=True) and compare with a run on one device."
         )
-    if isinstance(strategy, FSDPStrategy):
+    if runs_under(trainer, "FSDPStrategy"):
         if strategy._state_dict_type != "full":
             raise TrainingError(
                 f"{name}(state_dict_type={strategy._state_dict_type!r}) cannot load checkpoints that hold only the"
@@ -54,23 +52,29 @@ def check_strategy(trainer: L.Trainer, allow_untested: bool) -> None:
 
 def prepare(trainer: L.Trainer) -> None:
     """Settings that keep a strategy's own checkpoints small."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    if runs_under(trainer, "DeepSpeedStrategy"):
         trainer.strategy.exclude_frozen_parameters = True  # it writes the weights itself, past the module's hooks
 
 
 def filters_itself(trainer: L.Trainer) -> bool:
     """Whether a state dict must be left whole until it is saved: FSDP counts the entries."""
-    return isinstance(trainer.strategy, FSDPStrategy)
+    return runs_under(trainer, "FSDPStrategy")
 
 
 def loads_late(trainer: L.Trainer) -> bool:
     """Whether checkpoints are loaded into the sharded model, weights and optimizer at once."""
-    return isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+    return runs_under(trainer, "ModelParallelStrategy", "FSDPStrategy")
 
 
 def flattens(trainer: L.Trainer) -> bool:
     """Whether optimizers hold other parameters than the module."""
-    return isinstance(trainer.strategy, DeepSpeedStrategy)
+    return runs_under(trainer, "DeepSpeedStrategy")
+
+
+def has_optimizers(trainer: L.Trainer) -> bool:
+    """Whether the module has optimizers; in the place of none Lightning puts one that does nothing."""
+    stand_in = every("core.optimizer._MockOptimizer")
+    return any(not isinstance(optimizer, stand_in) for optimizer in trainer.optimizers)
 
 
 def check_methods(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -83,7 +87,7 @@ def check_methods(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
                 f"{type(method).__name__} works on whole adapters between steps ({', '.join(own)}), and"
                 f" {type(trainer.strategy).__name__} keeps flattened parts of them. Use ModelParallelStrategy or 'ddp'."
             )
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
+    if runs_under(trainer, "DeepSpeedStrategy"):
         parameters = dict(pl_module.named_parameters())
         frozen = [n for n in state_names(pl_module) if n in parameters]
         if frozen:
@@ -95,18 +99,18 @@ def check_methods(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
 
 def readable(trainer: L.Trainer) -> bool:
     """Whether each parameter of the module can be read, whole or as a DTensor, during and after a fit."""
-    return not isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy))
+    return not runs_under(trainer, "FSDPStrategy", "DeepSpeedStrategy")
 
 
 def in_children(trainer: L.Trainer) -> bool:
     """Whether training goes on in child processes and the module of the parent stays as it was."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return isinstance(trainer.strategy.launcher, every("strategies.launchers._MultiProcessingLauncher"))
 
 
 def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Under `ModelParallelStrategy` everything that trains is sharded."""
     strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
+    if not runs_under(trainer, "ModelParallelStrategy"):
         return
     _check_tensor_parallel(strategy, pl_module)
     wanted = set(trainable_names(pl_module))
@@ -118,7 +122,7 @@ def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         )
 
 
-def _check_tensor_parallel(strategy: ModelParallelStrategy, pl_module: L.LightningModule) -> None:
+def _check_tensor_parallel(strategy: L.strategies.ModelParallelStrategy, pl_module: L.LightningModule) -> None:
     for name, module in adapted_modules(pl_module):
         for parameter in module.parameters(recurse=False):
             mesh = parameter.device_mesh if sharded(parameter) else None
@@ -182,7 +186,7 @@ def check_trained(trainer: L.Trainer, fresh: bool) -> None:
 
 
 def _saves(callback: object) -> bool:
-    return isinstance(callback, ModelCheckpoint)
+    return isinstance(callback, every("callbacks.ModelCheckpoint"))
 
 
 def may_stand_apart(layer: Adapted) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.strategies import readable
 from lightning_peft.errors import TrainingError
+from lightning_peft.lightning_packages import Callback, rank_zero_warn
 from lightning_peft.match import candidates, matcher
 from lightning_peft.sharding import named_parameters, plain_name, whole
 from lightning_peft.trainable import adapted_modules, find, trainable_names
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _GRADIENT_STEPS = 3  # LoRA's A has no gradient while B is zero: one step is not enough, two are
 _MOVEMENT_STEPS = 50  # small steps of a healthy run may vanish in rounding at first: too early to tell after three
@@ -35,7 +37,7 @@ class _Progress:
     settled_steps: int = 0
 
 
-class TrainabilityCheck(L.Callback):
+class TrainabilityCheck(Callback):
     """Raise unless every trainable tensor got a finite, non-zero gradient within three optimizer steps.
 
     After 50 steps it also warns of tensors that have never moved, and raises if none has. Steps that a GradScaler

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 
 from lightning_peft.errors import PEFTError
+from lightning_peft.requirements import require_package
 from lightning_peft.untrusted import short
 
 USAGE = """usage: lightning-peft COMMAND [options]
@@ -66,8 +68,15 @@ def _train(words: list[str]) -> int:
     from lightning_peft.cli import quiet
 
     quiet.environment()
-    from lightning_peft.cli.compare import compare
-    from lightning_peft.cli.run import run
+    try:
+        for package in ("jsonargparse", "docstring_parser", "rich"):
+            require_package(package, f"lightning-peft {words[0]}")
+        import_one_lightning()
+        from lightning_peft.cli.compare import compare
+        from lightning_peft.cli.run import run
+    except PEFTError as error:
+        print(f"lightning-peft: error: {error}", file=sys.stderr)
+        return 2
 
     quiet.logs()
     try:
@@ -85,15 +94,22 @@ def _train(words: list[str]) -> int:
     return 0
 
 
+def import_one_lightning() -> None:
+    """Import the package that the commands train with: with none imported our classes would serve both."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        if find_spec(name.partition(".")[0]) is not None:
+            import_module(name)
+            return
+
+
 def _known(error: BaseException | None) -> str | None:
     """The message of the first error in the chain that was meant for the user."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
     from lightning_peft.cli.messages import chain
+    from lightning_peft.lightning_packages import every
 
     for e in chain(error):
         meant = isinstance(e, (RuntimeError, ValueError)) and any(part in str(e) for part in _MEANT)
-        if meant or isinstance(e, (PEFTError, MisconfigurationException)):
+        if meant or isinstance(e, (PEFTError, *every("utilities.exceptions.MisconfigurationException"))):
             return " ".join(str(e).split())
         if isinstance(e, OSError) and e.filename:  # a full disk, a file in the way, no permission
             return f"{e.filename}: {e.strerror}."

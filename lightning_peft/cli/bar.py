@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning.pytorch as L
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning_peft.lightning_packages import L
 
 
-class Bar(RichProgressBar):
+class Bar(L.callbacks.RichProgressBar):
     """Ends with the training, so that what callbacks then say is not drawn over; leaves out the run's number."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import SECTION, load_checkpoint, locate, read
+from lightning_peft.requirements import require_package
 from lightning_peft.task.kinds import find_task
 from lightning_peft.task.loading import explained, label_options, load, load_tokenizer, quiet, resolve
 from lightning_peft.untrusted import short, without_code, without_places
@@ -69,8 +70,7 @@ def _build(path: str, source: Any, given: Mapping[str, Any], state: Mapping[str,
     labels = given.get("label_names") or info.get("labels")  # the names it was trained with
     if isinstance(source, Mapping):
         return load(source, find_task(given.get("task")), labels, options)[0]
-    import transformers
-
+    transformers = require_package("transformers", f"{path}: its base, {source!r},")
     kind = getattr(transformers, info["base"]["class"], None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise PEFTError(

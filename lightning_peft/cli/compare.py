@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 from rich.console import Console
 
+from lightning_peft.cli.quiet import LIGHTNING_LOGGERS
 from lightning_peft.cli.run import PEFTCLI, Parser, expand
 from lightning_peft.compare import plots, table
 from lightning_peft.compare.comparison import Comparison
@@ -23,6 +23,7 @@ from lightning_peft.compare.results import Results
 from lightning_peft.compare.task import ComparedTask
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import near
+from lightning_peft.lightning_packages import L
 from lightning_peft.method import Method
 
 _ABOUT = """Train methods on one task under one budget and set them side by side.
@@ -171,12 +172,12 @@ def _quiet(*, bars: bool) -> Iterator[None]:
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 
     enable_progress_bar() if bars else disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in LIGHTNING_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.(pytorch|fabric).*")
+        warnings.filterwarnings("ignore", module=r"(lightning\.(pytorch|fabric)|pytorch_lightning|lightning_fabric).*")
         try:
             yield
         finally:

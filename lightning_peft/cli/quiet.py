@@ -29,6 +29,10 @@ _TIPS = (
 )
 
 
+#: loggers of Lightning under both names that it is published by
+LIGHTNING_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+
+
 def environment() -> None:
     """Set variables and warning filters: before the libraries are imported."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -46,7 +50,7 @@ def environment() -> None:
 
 def logs() -> None:
     """Filter the handlers that Lightning made when it was imported."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LIGHTNING_LOGGERS:
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_not_a_tip)
 

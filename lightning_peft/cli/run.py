@@ -8,15 +8,10 @@ import re
 import sys
 import time
 from contextlib import nullcontext
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import lightning.pytorch as L
-from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing import TYPE_CHECKING, Any
 
 import lightning_peft.methods  # noqa: F401  (short names resolve once the classes exist)
 from lightning_peft.callbacks import PEFT, PredictionWriter
@@ -29,10 +24,18 @@ from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate, read
+from lightning_peft.lightning_packages import L
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
 from lightning_peft.replacing import replacing
 from lightning_peft.untrusted import only_known_imports, short
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+else:
+    _cli = import_module(f"{L.__name__}.cli")
+    LightningArgumentParser, LightningCLI = _cli.LightningArgumentParser, _cli.LightningCLI
+    SaveConfigCallback = _cli.SaveConfigCallback
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 _PREDICTIONS = "predictions.jsonl"
@@ -86,7 +89,7 @@ class SaveConfig(SaveConfigCallback):
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as temporary:
             self.parser.save(self.config, temporary, skip_none=False, overwrite=True)
         for logger in trainer.loggers:
-            if isinstance(logger, Logger):
+            if isinstance(logger, L.loggers.Logger):
                 logger.log_hyperparams({"cli": _plain(self.config)})
 
 
@@ -112,7 +115,7 @@ class PEFTCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError, ImportError, OSError) as error:
-            if any(isinstance(e, (PEFTError, MisconfigurationException)) for e in chain(error)):
+            if any(isinstance(e, (PEFTError, L.utilities.exceptions.MisconfigurationException)) for e in chain(error)):
                 raise
             raise ConfigError(short(error, 1000)) from error
 
@@ -155,9 +158,10 @@ class PEFTCLI(LightningCLI):
             raise PEFTError("Both --peft and a PEFT callback in trainer.callbacks are given; keep one.")
         if own is None:
             callbacks = [PEFT(method), *callbacks]
-        if self.subcommand == "predict" and not any(isinstance(c, BasePredictionWriter) for c in callbacks):
+        if self.subcommand == "predict" and not any(isinstance(c, L.callbacks.BasePredictionWriter) for c in callbacks):
             callbacks = [*callbacks, PredictionWriter(str(Path(config.get("default_root_dir") or ".", _PREDICTIONS)))]
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        own_bar = any(isinstance(c, L.callbacks.ProgressBar) for c in callbacks)
+        if config.get("enable_progress_bar") is not False and not own_bar:
             callbacks = [Bar(), *callbacks]
         try:
             return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})

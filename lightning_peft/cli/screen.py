@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning.pytorch as L
-from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from lightning_peft.callbacks import MergeOnFitEnd
 from lightning_peft.callbacks.best import best_adapter, best_path
 from lightning_peft.files import near, write_adapter
+from lightning_peft.lightning_packages import L
 from lightning_peft.summary import size, summarize
 
 
@@ -55,7 +54,7 @@ def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, 
     if (folder / "config.yaml").exists():
         rows.append(("config", near(folder / "config.yaml")))
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, L.loggers.WandbLogger):
             run = logger.experiment
             offline = run.settings.mode == "offline" or run.offline
             rows.append(("W&B, offline", near(Path(run.dir).parent)) if offline else ("W&B", str(run.url)))

@@ -7,14 +7,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.task.optimization import build_optimizer
 from lightning_peft.trainable import require
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 
 class Step:

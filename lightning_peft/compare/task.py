@@ -12,9 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
 from lightning_peft import __version__
@@ -23,6 +21,7 @@ from lightning_peft.data.base import SplitDataModule
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.heads import new_modules
+from lightning_peft.lightning_packages import L
 from lightning_peft.method import Method
 from lightning_peft.task.kinds import find_task
 
@@ -169,7 +168,7 @@ class ComparedTask:
         """The first training batch of the first order: with `TextDataModule`, the one with the longest row."""
         if isinstance(self.data, SplitDataModule):
             self.data.seed = 0
-        return move_data_to_device(next(iter(self.data.train_dataloader())), self.device)
+        return L.utilities.move_data_to_device(next(iter(self.data.train_dataloader())), self.device)
 
     # ---- runs ------------------------------------------------------------------------------------------------------
     def trainer(self, steps: int, validations: int, callbacks: list[L.Callback], loggers: list[Any]) -> L.Trainer:

@@ -6,9 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import lightning.pytorch as L
+from typing import TYPE_CHECKING, Any
 
 import lightning_peft
 from lightning_peft.callbacks import PEFT
@@ -17,11 +15,15 @@ from lightning_peft.checkpoint import adapter_state_dict, section
 from lightning_peft.compare.plan import Candidate, short
 from lightning_peft.compare.task import ComparedTask
 from lightning_peft.files import write_adapter
+from lightning_peft.lightning_packages import Callback
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 _PACKAGE = str(Path(lightning_peft.__file__).parent)
 
 
-class Curve(L.Callback):
+class Curve(Callback):
     """Collects the training loss of every step and the validation metrics; reports each step."""
 
     def __init__(self, tick: Callable[[int], None]) -> None:

@@ -6,17 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import lightning.pytorch as L
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
 from lightning_peft.data.labels import as_indices, as_names, need_column, vocabulary
 from lightning_peft.data.loaders import BatchLoader, LengthGroupedBatches
 from lightning_peft.data.sources import split_name
 from lightning_peft.data.splits import carve, choose, first_of_each, size_of, take
 from lightning_peft.errors import ConfigError
+from lightning_peft.lightning_packages import (
+    L,
+    LightningDataModule,
+    every,
+    package_of,
+    rank_zero_info,
+    restricted_classmethod,
+)
 from lightning_peft.reload import rebuild
+from lightning_peft.requirements import require_package
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +30,7 @@ _SPLIT_FIELDS = {"train": "train_split", "validation": "val_split", "test": "tes
 ROW = "_row"
 
 
-class SplitDataModule(L.LightningDataModule, ABC):
+class SplitDataModule(LightningDataModule, ABC):
     """Base of the data modules; a subclass reads a source, prepares a split and names a collator.
 
     After ``setup``, ``label_names`` lists the classes in the order of their numbers (None where there are none). It
@@ -60,7 +64,7 @@ class SplitDataModule(L.LightningDataModule, ABC):
         self._ready: dict[str, Dataset] = {}
         self._names_given = False
 
-    @_restricted_classmethod
+    @restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> SplitDataModule:
         """As `LightningDataModule.load_from_checkpoint`; nothing in the checkpoint chooses code.
 
@@ -129,7 +133,8 @@ class SplitDataModule(L.LightningDataModule, ABC):
         loader = self._loader("predict", self._eval_batch_size, group_by_length=False, repeat=False)
         steps = [step.rows for step in loader.batch_sampler.steps()]
         # prediction writers of Lightning take row numbers from here
-        loader.batch_sampler = _IndexBatchSamplerWrapper(loader.batch_sampler)
+        package = package_of(self.trainer) if isinstance(self.trainer, every("Trainer")) else L
+        loader.batch_sampler = package.overrides.distributed._IndexBatchSamplerWrapper(loader.batch_sampler)
         loader.batch_sampler.seen_batch_indices = steps
         return loader
 
@@ -184,6 +189,7 @@ class SplitDataModule(L.LightningDataModule, ABC):
         """Make a split ready; a missing validation split is no error, any other is."""
         if split in self._ready:
             return
+        require_package("datasets", type(self).__name__)
         rows = self._predicted() if split == "predict" else self._rows(split)
         if rows is not None:
             self._ready[split] = self.encode(rows, split)

@@ -18,6 +18,7 @@ from lightning_peft.data.loaders import Step
 from lightning_peft.data.sources import file_tables
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import locate
+from lightning_peft.requirements import require_package
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -167,8 +168,8 @@ def _decode(pixels: bytes, shape: list[int], dtype: str) -> Tensor:
 
 def _open(file: str) -> Tensor:
     import numpy as np
-    from PIL import Image
 
+    Image = require_package("PIL.Image", f"The image file {file}")
     try:
         with Image.open(file) as image:
             return (
@@ -182,8 +183,7 @@ def _open(file: str) -> Tensor:
 
 def _one_size(files: Any) -> None:
     """Raise early where images could not be stacked."""
-    from PIL import Image
-
+    Image = require_package("PIL.Image", "A folder of image files")
     first = None
     for file in files:
         try:

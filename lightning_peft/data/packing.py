@@ -6,10 +6,9 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
 from lightning_peft.data.collate import IGNORED
 from lightning_peft.errors import ConfigError
+from lightning_peft.lightning_packages import rank_zero_info
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,10 +10,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
+from lightning_peft.lightning_packages import rank_zero_info
 
 if TYPE_CHECKING:
     from datasets import Dataset

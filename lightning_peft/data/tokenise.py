@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-
 from lightning_peft.data.prompts import Prompts
 from lightning_peft.data.template import Fields, Places
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
+from lightning_peft.lightning_packages import rank_zero_info, rank_zero_only
+from lightning_peft.requirements import require_package
 from lightning_peft.untrusted import short
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def load_tokenizer(source: Any) -> Any:
 
 
 def _from_source(source: str) -> Any:
-    from transformers import AutoTokenizer
-
+    AutoTokenizer = require_package("transformers", f"tokenizer={source!r}").AutoTokenizer
     try:
         place = locate(source)
         options: dict[str, Any] = {"trust_remote_code": False}  # without it transformers would ask at the terminal

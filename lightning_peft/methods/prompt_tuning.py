@@ -19,6 +19,7 @@ from lightning_peft.prompting.prompt import Prompt
 from lightning_peft.prompting.virtual import SUPPORTED, PromptedEmbedding, VirtualTokens, connect, disconnect
 from lightning_peft.prompting.visual import PromptedImage, VisualTokens, positions_of, vision_backbones
 from lightning_peft.prompting.visual import connect as connect_visual
+from lightning_peft.requirements import require_package
 
 CHOICES = {"position": ("prepend", "append"), "init": ("vocab", "random", "text")}
 
@@ -176,11 +177,10 @@ def token_ids(text: str | list[int] | None, config: Any) -> list[int]:
     """Ids of a text, by the tokenizer beside the model; nothing is downloaded."""
     if not isinstance(text, str):
         return list(text or [])
-    from transformers import AutoTokenizer
-
+    transformers = require_package("transformers", f"PromptTuning(init_text={text!r})")
     source = getattr(config, "_name_or_path", "")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except (OSError, ValueError) as error:
         raise ConfigError(

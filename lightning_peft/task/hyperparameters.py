@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.lightning_packages import PACKAGES
 from lightning_peft.task.kinds import Task
 from lightning_peft.task.optimization import check_warmup
 from lightning_peft.untrusted import without_code
 
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
 
 def unstorable(arguments: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that are objects; none under LightningCLI, which stores their configuration instead."""
-    return [] if _given_hyperparameters.get() else [k for k, v in arguments.items() if not is_plain(v)]
+    if _given_by_cli(package_of_cli()):
+        return []
+    return [k for k, v in arguments.items() if not is_plain(v)]
+
+
+def package_of_cli() -> Any:
+    """The package whose LightningCLI is building a module at this moment; the first one if none is."""
+    return next((package for package in PACKAGES if _given_by_cli(package)), PACKAGES[0])
+
+
+def _given_by_cli(package: Any) -> Any:
+    """The configuration from which a package's LightningCLI builds a module, while it does."""
+    return package.core.mixins.hparams_mixin._given_hyperparameters.get()
 
 
 def tidy(module: L.LightningModule, model: Any, model_kwargs: Mapping[str, Any] | None) -> None:

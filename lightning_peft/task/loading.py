@@ -13,6 +13,7 @@ from torch import nn
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
 from lightning_peft.heads import NEW, head_names, new_modules
+from lightning_peft.requirements import require_package
 from lightning_peft.task.kinds import Task
 
 _SEED = 0  # random models are the same in every process, so that an adapter finds the base it was trained beside
@@ -37,8 +38,7 @@ def load(
     Raises:
         ConfigError: nothing there, a broken or foreign checkpoint, unknown options, or a head without known labels.
     """
-    import transformers
-
+    transformers = require_package("transformers", f"TaskModule(model={source!r})")
     auto = getattr(transformers, task.auto)
     options = {"dtype": torch.get_default_dtype(), "trust_remote_code": False, **options}
     if isinstance(source, Mapping):
@@ -89,11 +89,10 @@ def label_names(network: nn.Module) -> list[str] | None:
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer that belongs to a source, or None if there is none."""
-    from transformers import AutoTokenizer
-
+    transformers = require_package("transformers", f"The tokenizer of {source!r}")
     try:
         place, extra = resolve(source)
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
     except Exception:  # a broken tokenizer fails in many ways, the library in Rust with plain exceptions
         return None
 

@@ -31,6 +31,7 @@ from lightning_peft import (
     unload,
     unmerge,
 )
+from lightning_peft.sharding import whole as whole_tensor
 from tests.contract.battery import same
 from tests.distributed.members import METHODS, Late, Member
 from tests.distributed.run import rows, run
@@ -156,11 +157,27 @@ def hollow() -> None:
     refused(ConfigError, "starts from base weights", lambda: pissa.fit(Hollow(), plain_loader()))
 
 
+def plain() -> None:
+    """FullFineTuning resumes what the same Trainer wrote without it, and gives the same weights."""
+    for kind in ("file", "shards"):
+        whole = Member()
+        fit = run(kind, epochs=1)
+        fit.fit(whole, rows())
+        fit.save_checkpoint(OUT / f"plain-{kind}")
+        ends = []
+        for callbacks in ([], [PEFT(METHODS["full"])]):
+            module = Member()
+            again = run(kind, *callbacks, epochs=2)
+            again.fit(module, rows(), ckpt_path=OUT / f"plain-{kind}")
+            ends.append({n: whole_tensor(p.detach()) for n, p in module.named_parameters()})
+        assert same(*ends)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    for part in (late, by_hand, refusals, hollow):
+    for part in (late, by_hand, refusals, hollow, plain):
         print(part.__name__, flush=True)
         part()

@@ -362,7 +362,7 @@ def test_a_foreign_trainer_is_named(tmp_path):
     class Trainer:
         callbacks = ()
 
-    with pytest.raises(TrainingError, match=r"Replace `import pytorch_lightning as pl` by"):
+    with pytest.raises(TrainingError, match=r"Trainer is not a Trainer of "):
         PEFT(LoRA()).setup(Trainer(), Plain(), "fit")
 
 

@@ -62,7 +62,10 @@ ELSEWHERE = {
     "manual optimization": "lifecycle/test_optional_parts.py::test_manual_optimization",
     "loss scaling": "lifecycle/test_optional_parts.py::test_trainability_skips_steps_the_scaler_skipped",
     "copies": "lifecycle/test_callback.py::test_copies_of_a_fitted_module_are_independent",
-    "two import styles": "lifecycle/test_callback.py::test_a_foreign_trainer_is_named",
+    "the other package of Lightning": "lifecycle/test_packages.py::test_the_life_cycle_under_pytorch_lightning",
+    "both packages": "lifecycle/test_packages.py::test_our_classes_derive_from_those_of_the_imported_packages",
+    "a module of the other package": "lifecycle/test_packages.py::"
+    "test_a_module_of_one_package_in_a_trainer_of_the_other_is_one_sentence",
     "configure_model": "lifecycle/test_callback.py::test_configure_model_is_injected_at_its_end",
 }
 

@@ -36,7 +36,7 @@ class Unheard(SingleDeviceStrategy):
 
 def test_unknown_strategies(tmp_path, monkeypatch):
     """Refused, unless allowed; relatives of known ones pass."""
-    monkeypatch.setattr("lightning_peft.callbacks.strategies.KNOWN", (DeepSpeedStrategy,))
+    monkeypatch.setattr("lightning_peft.callbacks.strategies.KNOWN", ("DeepSpeedStrategy",))
     run = trainer(tmp_path, PEFT(LoRA()), strategy=Unheard("cpu"))
     with pytest.raises(TrainingError, match=r"Unheard is not among .*PEFT\(\.\.\., allow_untested=True\)"):
         run.fit(Plain(), plain_loader())
