@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -264,8 +265,9 @@ class TaskModule(L.LightningModule):
         if self.optimizer_factory is not None:
             optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         else:
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-            optimizer = build_optimizer(self, self.hparams.lr, self.hparams.weight_decay, scaled=scaled)
+            precision = self.trainer.precision_plugin
+            mixed = isinstance(precision, MixedPrecision) or getattr(precision, "scaler", None) is not None
+            optimizer = build_optimizer(self, self.hparams.lr, self.hparams.weight_decay, mixed_precision=mixed)
         return {"optimizer": optimizer, "lr_scheduler": self._schedule(optimizer)}
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
