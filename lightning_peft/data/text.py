@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.base import ROW, SplitDataModule
 from lightning_peft.data.collate import Masking, TextCollator
-from lightning_peft.data.labels import as_numbers, need_column, need_values
+from lightning_peft.data.labels import as_numbers, need_column, need_text, need_values, need_words
 from lightning_peft.data.packing import pack, refuse_virtual_tokens
 from lightning_peft.data.sources import read
 from lightning_peft.data.tasks import CLASSES, CLOZE, UNLABELLED, TextTask, check_fields
@@ -219,9 +219,12 @@ class TextDataModule(SplitDataModule):
         used += [(self.answer_column, "answer_column")] if self.answer_column and split != "predict" else []
         for name, field in used:
             need_column(name, rows.column_names, field, f"The {split} data")
-            need_values(rows[name][:], rows[ROW][:], name, split)
-        if self.task == "token-classification" and not isinstance(rows[0][self.text_column], list):
-            raise ConfigError(f"token-classification needs lists of words; {self.text_column!r} holds text.")
+            values, numbers = rows[name][:], rows[ROW][:]
+            need_values(values, numbers, name, split)
+            if self.task == "token-classification":
+                need_words(values, numbers, name, split)
+            else:
+                need_text(values, numbers, name, field, split)
         return [name for name, _ in used]
 
     def _with_meta(self, rows: Dataset) -> Dataset:
