@@ -15,7 +15,7 @@ from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import inject_from
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import SECTION
-from lightning_peft.lightning_packages import L, LightningModule, rank_zero_info, restricted_classmethod
+from lightning_peft.lightning_packages import L, LightningModule, every, rank_zero_info, restricted_classmethod
 from lightning_peft.reload import rebuild
 from lightning_peft.task.batches import check_labels
 from lightning_peft.task.hyperparameters import check, numbered, package_of_cli, plain_options, tidy, unstorable
@@ -270,8 +270,11 @@ class TaskModule(LightningModule):
         if self.optimizer_factory is not None:
             optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         else:
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-            optimizer = build_optimizer(self, self.hparams.lr, self.hparams.weight_decay, scaled=scaled)
+            precision = self.trainer.precision_plugin
+            mixed = (
+                isinstance(precision, every("plugins.MixedPrecision")) or getattr(precision, "scaler", None) is not None
+            )
+            optimizer = build_optimizer(self, self.hparams.lr, self.hparams.weight_decay, mixed_precision=mixed)
         return {"optimizer": optimizer, "lr_scheduler": self._schedule(optimizer)}
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

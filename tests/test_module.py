@@ -237,6 +237,12 @@ def test_the_methods_own_rate_and_a_schedule_in_steps(tmp_path):
     assert started(tmp_path, LoRA(r=2), lr=1.0, warmup=4, steps=5)[3] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
+def test_bfloat16_autocast_and_gradient_clipping_go_together(tmp_path):
+    """The standard setting; Lightning refuses to clip for a fused optimizer in any mixed precision."""
+    _, run, _ = fitted(tmp_path, SENTENCE, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert run.global_step > 0 and not run.optimizers[0].defaults["fused"]
+
+
 def test_the_users_own_optimizer_and_schedule(tmp_path):
     own = {
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),

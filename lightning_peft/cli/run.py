@@ -28,6 +28,7 @@ from lightning_peft.lightning_packages import L
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
 from lightning_peft.replacing import replacing
+from lightning_peft.task.labels import ask_checkpoint
 from lightning_peft.untrusted import only_known_imports, short
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Into both places."""
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as temporary:
-            self.parser.save(self.config, temporary, skip_none=False, overwrite=True)
+            # as one file: in the other form jsonargparse writes the fields of a model as a torch.nn.Module of them
+            self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             if isinstance(logger, L.loggers.Logger):
                 logger.log_hyperparams({"cli": _plain(self.config)})
@@ -139,8 +141,17 @@ class PEFTCLI(LightningCLI):
                     f"--ckpt_path {path} is an adapter by itself; the commands take a .ckpt. To start a fit from it:"
                     f" --peft null --trainer.callbacks+=PEFT --trainer.callbacks.init_from {path}"
                 )
+            if self.subcommand != "fit":
+                self._take_classes(path)
         if "WandbLogger" in str(trainer.get("logger")):
             silence_wandb()
+
+    def _take_classes(self, path: str) -> None:
+        """Let the model have the classes of the checkpoint, unless the user names some."""
+        given = self._get(self.config, "model").get("init_args")
+        if given and "label_names" in given and given.label_names is None and given.get("num_labels") is None:
+            for name, value in ask_checkpoint(path).items():
+                given[name] = value
 
     def _parse_ckpt_path(self) -> None:
         """Leave the parsed config as it is: it is complete, and it is what the user asked for."""

@@ -31,7 +31,7 @@ class Step:
     def __init__(self, module: L.LightningModule, batch: Any, lr: float = 0.0) -> None:
         self.module, self.batch, self.count = module, batch, 0
         self.methods = require(module)[0].methods
-        self.optimizer = build_optimizer(module, lr, 0.0, scaled=False)
+        self.optimizer = build_optimizer(module, lr, 0.0, mixed_precision=False)
 
     def loss(self) -> Tensor:
         """Forward, with the method's own loss terms."""

@@ -154,8 +154,8 @@ class SplitDataModule(LightningDataModule, ABC):
         if self._names_given:
             raise ConfigError(f"label_names={self.label_names}, but the checkpoint was trained with {names}.")
         self.label_names = list(names)
-        ready, self._ready = list(self._ready), {}
-        for split in ready:
+        for split in [split for split in self._ready if split != "predict"]:  # rows to predict have no labels
+            del self._ready[split]
             self._prepare(split)
 
     @property

@@ -26,6 +26,41 @@ def need_values(values: Sequence[Any], rows: Sequence[int], name: str, where: st
             raise ConfigError(f"{where}, row {row} (from 0): column {name!r} is empty. Fill it in or drop the row.")
 
 
+def need_text(values: Sequence[Any], rows: Sequence[int], name: str, field: str, where: str) -> None:
+    """Raise if a cell is a list, a mapping or bytes: as text it would be Python's way of writing it.
+
+    Numbers and dates read the same as text, so they are taken.
+    """
+    for row, value in zip(rows, values, strict=True):
+        if not isinstance(value, (list, tuple, dict, bytes)):
+            continue
+        kind = "a list" if isinstance(value, (list, tuple)) else "a mapping" if isinstance(value, dict) else "bytes"
+        way_out = "Make a column of texts out of it."
+        if _is_chat(value):
+            kind = "a chat, which is a list of messages"
+            way_out = (
+                "Put the question and the answer into columns of their own and give prompt_column and answer_column;"
+                " the tokenizer's chat template is applied to them."
+            )
+        raise ConfigError(f"{where}, row {row} (from 0): {field}={name!r} holds {kind}, not text. {way_out}")
+
+
+def need_words(values: Sequence[Any], rows: Sequence[int], name: str, where: str) -> None:
+    """Raise if a cell is not a list of words."""
+    for row, value in zip(rows, values, strict=True):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"token-classification needs lists of words; {name!r} holds text.")
+        if not all(isinstance(word, str) for word in value):
+            raise ConfigError(
+                f"{where}, row {row} (from 0): {name!r} holds a list of other things than words. token-classification"
+                " needs lists of words."
+            )
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict) and "content" in value[0]
+
+
 def as_names(values: Sequence[Any], rows: Sequence[int], where: str, class_names: Sequence[str] | None) -> list[str]:
     """Each label as text; numbers of a ``ClassLabel`` become its names.
 

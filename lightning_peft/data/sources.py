@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ _SPLITS = {
     "test": ("test", "eval"),
 }
 _CHUNK = 10_000
+#: in place of a file: the lines of standard input
+STANDARD_INPUT = "-"
 
 
 def split_name(name: str) -> str | None:
@@ -70,6 +73,43 @@ def read(
     if not splits or not any(len(rows) for rows in splits.values()):
         raise ConfigError(f"data={data!r} has no rows.")
     return splits
+
+
+def read_lines(lines: Iterable[str], columns: Sequence[str]) -> Dataset:
+    """Rows from lines: each a JSON object with the columns, or each the text of the one column that is read.
+
+    Raises:
+        ConfigError: no line, or plain lines where several columns are read.
+
+    >>> read_lines(["a good one\\n", "\\n"], ["text"])["text"][:]
+    ['a good one']
+    """
+    import datasets
+
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ConfigError(
+            "Standard input has no lines. Give a text a line: echo 'some text' | lightning-peft predict …"
+        )
+    rows = [_json_object(text) for text in texts]
+    if all(row is not None for row in rows):
+        return datasets.Dataset.from_list(rows)
+    if len(columns) != 1:
+        raise ConfigError(
+            f"Standard input has lines of text, but several columns are read: {', '.join(columns)}. Give a JSON object"
+            " a line."
+        )
+    return datasets.Dataset.from_dict({columns[0]: texts})
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _path(data: str) -> Path | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.base import ROW, SplitDataModule
 from lightning_peft.data.collate import Masking, TextCollator
-from lightning_peft.data.labels import as_numbers, need_column, need_values
+from lightning_peft.data.labels import as_numbers, need_column, need_text, need_values, need_words
 from lightning_peft.data.packing import pack, refuse_virtual_tokens
-from lightning_peft.data.sources import read
+from lightning_peft.data.sources import STANDARD_INPUT, read, read_lines
 from lightning_peft.data.tasks import CLASSES, CLOZE, UNLABELLED, TextTask, check_fields
 from lightning_peft.data.template import Fields, Places, word_ids
 from lightning_peft.data.tokenise import DEFAULT_MAX_LENGTH, Encoder, load_tokenizer, source_of, tokenise
@@ -62,7 +63,8 @@ class TextDataModule(SplitDataModule):
         train_split: the source's split to train on, if not called train.
         val_split: the same for validation, if not called validation, val, valid or dev.
         test_split: the same for test.
-        predict_data: what to predict, in any form of ``data``; labels are not needed.
+        predict_data: what to predict, in any form of ``data``, or ``-`` for the lines of standard input. Labels are not
+            needed.
         predict_split: which split to predict without ``predict_data``.
         max_train_samples: train on a random subset.
         max_eval_samples: validate and test on random subsets.
@@ -176,6 +178,10 @@ class TextDataModule(SplitDataModule):
 
     def read(self, data: Any) -> dict[str, Dataset]:
         """Raw rows by split."""
+        if data == STANDARD_INPUT:
+            if self.trainer is not None and self.trainer.world_size > 1:
+                raise ConfigError("Standard input is read by one process: predict with devices=1, or from a file.")
+            return {"train": read_lines(sys.stdin, self._columns)}
         return read(data, self.load_kwargs, self.cache_dir)
 
     def contents(self, rows: Dataset) -> list[Hashable]:
@@ -219,9 +225,12 @@ class TextDataModule(SplitDataModule):
         used += [(self.answer_column, "answer_column")] if self.answer_column and split != "predict" else []
         for name, field in used:
             need_column(name, rows.column_names, field, f"The {split} data")
-            need_values(rows[name][:], rows[ROW][:], name, split)
-        if self.task == "token-classification" and not isinstance(rows[0][self.text_column], list):
-            raise ConfigError(f"token-classification needs lists of words; {self.text_column!r} holds text.")
+            values, numbers = rows[name][:], rows[ROW][:]
+            need_values(values, numbers, name, split)
+            if self.task == "token-classification":
+                need_words(values, numbers, name, split)
+            else:
+                need_text(values, numbers, name, field, split)
         return [name for name, _ in used]
 
     def _with_meta(self, rows: Dataset) -> Dataset:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.files import load_checkpoint, locate
 from lightning_peft.task.kinds import Task
 from lightning_peft.task.loading import label_names as names_in
 
@@ -24,6 +26,20 @@ def ask_data(data: Any, task: Task, names: list[str] | None) -> list[str] | None
             " Leave out num_labels and label_names to take those of the data."
         )
     return [str(n) for n in known] if names is None else names
+
+
+def ask_checkpoint(path: str) -> dict[str, Any]:
+    """The classes that a `TaskModule` left in a checkpoint: its arguments ``label_names`` and ``label_words``.
+
+    Rows that are only to be predicted have no labels, so nothing else can say what the classes are.
+    """
+    found = load_checkpoint(locate(path)).get("hyper_parameters")
+    if not isinstance(found, Mapping) or not isinstance(found.get("label_names"), list):
+        return {}
+    classes: dict[str, Any] = {"label_names": [str(name) for name in found["label_names"]]}
+    if isinstance(found.get("label_words"), list):
+        classes["label_words"] = found["label_words"]
+    return classes
 
 
 def check_words(task: Task, names: list[str] | None, words: list[list[int]] | None) -> None:

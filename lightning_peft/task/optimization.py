@@ -16,19 +16,22 @@ from lightning_peft.trainable import find
 PLAIN_LR = 5e-5
 
 
-def build_optimizer(model: nn.Module, lr: float | None, weight_decay: float, *, scaled: bool) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, lr: float | None, weight_decay: float, *, mixed_precision: bool
+) -> torch.optim.AdamW:
     """AdamW over what trains, at the method's own rate unless ``lr`` is given.
 
     Args:
         model: with or without an injected method.
         lr: replaces the method's default rate (the smallest, if there are several methods).
         weight_decay: for matrices; the method decides which.
-        scaled: a GradScaler is at work; fused AdamW would unscale behind the Trainer's back, which forbids clipping.
+        mixed_precision: the Trainer trains in mixed precision. Lightning then refuses to clip the gradients of a fused
+            optimizer, which would unscale them by itself; in bfloat16 too, where nothing is scaled.
 
     >>> from torch import nn
     >>> from lightning_peft import LoRA, inject
     >>> net = nn.Sequential(nn.Linear(4, 4))
-    >>> inject(net, LoRA()); build_optimizer(net, None, 0.0, scaled=False).param_groups[0]["lr"]
+    >>> inject(net, LoRA()); build_optimizer(net, None, 0.0, mixed_precision=False).param_groups[0]["lr"]
     0.0002
     """
     found = find(model)
@@ -37,7 +40,7 @@ def build_optimizer(model: nn.Module, lr: float | None, weight_decay: float, *, 
         lr = min([m.default_lr for m in methods], default=PLAIN_LR)
     grouping = [m for m in methods if type(m).param_groups is not Method.param_groups] or [_Plain()]
     groups = max((m.param_groups(model, lr, weight_decay) for m in grouping), key=len)
-    fused = not scaled and all(_can_fuse(p) for g in groups for p in g["params"])
+    fused = not mixed_precision and all(_can_fuse(p) for g in groups for p in g["params"])
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused or None)
 
 

@@ -219,6 +219,26 @@ BAD = {
     ),
     "number": ({"task": "regression"}, r"row 0 \(from 0\): a regression needs a number, the label is 'neg'"),
     "words": ({"task": "token-classification"}, r"needs lists of words; 'text' holds text"),
+    "chat": (
+        {"data": "{dir}/chat.jsonl", "task": "causal-lm", "text_column": "chat"},
+        r"train, row 0 \(from 0\): text_column='chat' holds a chat, which is a list of messages, not text. Put the",
+    ),
+    "chat as prompt": (
+        {"data": "{dir}/chat.jsonl", "task": "causal-lm", "prompt_column": "chat", "answer_column": "text"},
+        r"prompt_column='chat' holds a chat, .* give prompt_column and answer_column",
+    ),
+    "answer as mapping": (
+        {"data": "{dir}/chat.jsonl", "task": "causal-lm", "prompt_column": "text", "answer_column": "answer"},
+        r"answer_column='answer' holds a mapping, not text. Make a column of texts",
+    ),
+    "chat in a template": (
+        {"data": "{dir}/chat.jsonl", "template": "{chat} is"},
+        r"template='chat' holds a chat",
+    ),
+    "words of a chat": (
+        {"data": "{dir}/chat.jsonl", "task": "token-classification", "text_column": "chat"},
+        r"'chat' holds a list of other things than words",
+    ),
     "split": ({"val_size": 0.6, "test_size": 0.6}, r"can be spared"),
     "tokenizer": ({"tokenizer": "{dir}/nowhere"}, r"tokenizer='.*nowhere' cannot be loaded"),
     "no tokenizer": ({"tokenizer": None}, r"no tokenizer, and the module has no hparams.model"),
@@ -236,6 +256,8 @@ def test_one_clear_error(tmp_path, encoder_tokenizer, decoder_tokenizer, name, m
     write_csv(tmp_path / "nolabel.csv", [rows[0], rows[1], {**rows[2], "label": ""}])
     (tmp_path / "header.csv").write_text("text,label\n")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"\nnothing')
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    write_jsonl(tmp_path / "chat.jsonl", [{**row, "chat": chat, "answer": chat[1]} for row in rows])
     for file in ("empty.csv", "a.xyz"):
         (tmp_path / file).touch()
     (tmp_path / "nothing").mkdir()
