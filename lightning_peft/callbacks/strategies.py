@@ -140,7 +140,7 @@ def explained(pl_module: L.LightningModule) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        if "parameter name can't contain" not in str(error):
+        if "parameter name can't contain" not in str(error.args[0]):
             raise
         # torch's styles of tensor parallelism split every parameter in a layer, and stumble over those in `delta`
         raise TrainingError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,9 +32,12 @@ HERE = Path(__file__).parent
 def launch(root: Path, *arguments: object) -> str:
     """Run a script; its output, which must end well."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=500
-    )
+    # Lightning asks for a free port and takes it a moment later: two runs that start at once may get the same one.
+    with (Path(tempfile.gettempdir()) / "lightning_peft_tests.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(
+            [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=500
+        )
     assert result.returncode == 0, (result.stdout[-1000:], result.stderr[-4000:])
     return result.stdout
 
