@@ -28,13 +28,13 @@ import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.bytecode import calls_super_of_own_class, walks_over_parts
+from lightning_peft.bytecode import calls_super_of_own_class, reads_table_of_parts, walks_over_parts
 from lightning_peft.errors import ConfigError, MergeError, PEFTError
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import gathered, sharded, write
@@ -82,8 +82,8 @@ class AdapterState:
             processes.
         base_forward: a ``forward`` that was set on the instance before injection (as accelerate does).
         name: path of the layer at injection, for messages.
-        windows: for each thread whose code may read corrected tensors now, those it has read so far.
-        hides_delta: whether the base's forward walks over its parts, and must not meet ``delta`` there.
+        windows: for each thread whose code may read corrected tensors now, those it has read so far; None for a
+            thread that runs the base's forward and must read the base's own tensors.
         must_be_called: whether torch's fused encoder layers, which read weights and call nothing, must stay off.
         reads: paths of adapted layers inside this one whose tensors its forward reads instead of calling them.
     """
@@ -93,14 +93,14 @@ class AdapterState:
         self.originals: dict[str, nn.Parameter] = {}
         self.base_forward: Callable[..., Any] | None = None
         self.name = ""
-        self.windows: dict[int, dict[tuple[str, bool], Tensor]] = {}
-        self.hides_delta = False
+        self.windows: dict[int, dict[tuple[str, bool], Tensor] | None] = {}
         self.must_be_called = False
         self.reads: tuple[str, ...] = ()
 
     def switch(self, layer: nn.Module, on: bool) -> None:
         """Switch the adapter on or off."""
         self.active = on
+        self.windows = {}  # an interrupted forward may have left one open
         # torch's encoder layers take their fused path only if no module inside them has a hook. So an adapter that
         # must be called carries an empty one, and while it is switched off the base has its fused path back.
         layer._forward_pre_hooks.pop(_EMPTY_HOOK, None)
@@ -111,8 +111,7 @@ class AdapterState:
 class Adapted(nn.Module):
     """What every adapted layer is, beside an instance of its own class. Subclasses override `forward`.
 
-    A subclass that corrects weights also defines `merged` and, if the corrected tensors may be read by other code,
-    `_corrected`.
+    A subclass that corrects weights also defines `_corrected_names` and `_merged_tensors`.
     """
 
     _adapter: AdapterState
@@ -122,7 +121,7 @@ class Adapted(nn.Module):
         """The layer's output with the correction; each kind defines it."""
         raise TypeError(f"{type(self).__name__} defines no forward")
 
-    def merged(self) -> dict[str, Tensor]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """The base's parameters with the adapter folded in, by name; float32 or wider.
 
         Raises:
@@ -141,7 +140,7 @@ class Adapted(nn.Module):
     def _corrected(self, name: str) -> Tensor:
         """The tensor called ``name`` as code that reads it must see it, while a window is open."""
         own = base_tensor(self, name)
-        return self.merged()[name].to(own.dtype)
+        return self._merged_tensors()[name].to(own.dtype)
 
     def _obstacle(self) -> str | None:
         """Why the base cannot take merged tensors, or None."""
@@ -160,6 +159,19 @@ class Adapted(nn.Module):
                 )
         return None
 
+    def _check_class(self) -> None:
+        """A parametrization that was registered after injection hides the weight, and with it the correction."""
+        for kind in type(self).__mro__:
+            if "_adapted_from" in kind.__dict__:
+                return
+            for name in self._readable_names():
+                if name in kind.__dict__:
+                    raise PEFTError(
+                        f"{type(self).__name__}.{name} was parametrized after the adapters were injected, and the"
+                        " adapter, which corrects that weight, would have no effect. Register the parametrization"
+                        " before injection."
+                    )
+
     def _own_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the base's code, which may meet corrected tensors."""
         state = self._adapter
@@ -170,20 +182,11 @@ class Adapted(nn.Module):
             return forward(*args, **kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward as it was before injection. It sees its own tensors, and no ``delta`` among its parts."""
-        state = self._adapter
-        if not state.windows and not state.hides_delta:
+        """The layer's forward as it was before injection: it reads its own tensors."""
+        if not type(self)._adapted_from[2]:  # no tensor of it is readable, so there is nothing to shut
             return self._own_forward(*args, **kwargs)
-        window = state.windows.pop(thread_key(), None)
-        parts = self._modules
-        if state.hides_delta:
-            self.__dict__["_modules"] = {name: part for name, part in parts.items() if name != "delta"}
-        try:
+        with _window(self, None):
             return self._own_forward(*args, **kwargs)
-        finally:
-            self.__dict__["_modules"] = parts
-            if window is not None:
-                state.windows[thread_key()] = window
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         if self._adapter.originals:
@@ -223,10 +226,40 @@ class _BaseForward:
     """Stands for the bound forward of the base's class in a pickle."""
 
 
-class _SequentialParts:
-    """Hides ``delta`` from the length of an `nn.Sequential` and from loops over it: it is not one of the steps."""
+class _HiddenDelta:
+    """Hides ``delta`` from code of the base, or of its parents, that loops over the layer's children.
+
+    What torch itself does with all children (moving, switching modes, `apply`) reaches it.
+    """
 
     _modules: dict[str, nn.Module]
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module.named_children`."""
+        for name, part in super().named_children():  # type: ignore[misc]
+            if name != "delta":
+                yield name, part
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if recurse and "delta" in self._modules:
+            self._modules["delta"]._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`."""
+        if "delta" in self._modules:
+            self._modules["delta"].train(mode)
+        return super().train(mode)  # type: ignore[misc]
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """As `nn.Module.apply`."""
+        if "delta" in self._modules:
+            self._modules["delta"].apply(fn)
+        return super().apply(fn)  # type: ignore[misc]
+
+
+class _SequentialParts(_HiddenDelta):
+    """Hides ``delta`` also from the length of an `nn.Sequential` and from loops over it: it is not one of the steps."""
 
     def __len__(self) -> int:
         return len(self._modules) - ("delta" in self._modules)
@@ -306,8 +339,6 @@ def adapt(
     layer.__dict__["_adapter"] = state
     state.name = name
     state.base_forward = layer.__dict__.pop("forward", None)
-    # the loop of a Sequential itself is taken care of by `_SequentialParts`
-    state.hides_delta = walks_over_parts(base) and base.forward is not nn.Sequential.forward
     if delta is not None:
         delta.train(layer.training)
         layer.add_module("delta", delta)
@@ -376,9 +407,27 @@ def adapted_class(kind: type, base: type, readable: tuple[str, ...] = ()) -> typ
     }
     for name in readable:
         namespace[name] = _readable_property(name, inspect.getattr_static(base, name, None))
-    bases = (kind, _SequentialParts, base) if issubclass(base, nn.Sequential) else (kind, base)
+    namespace["forward"] = _with_signature_of(base.forward, kind.forward)
+    if issubclass(base, nn.Sequential):
+        bases: tuple[type, ...] = (kind, _SequentialParts, base)
+    elif walks_over_parts(base):
+        bases = (kind, _HiddenDelta, base)
+    else:
+        bases = (kind, base)
     options = {"metaclass": _adapted_type(type(base))}
     return types.new_class(base.__name__, bases, options, lambda body: body.update(namespace))
+
+
+def _with_signature_of(base_forward: Any, forward: Any) -> Any:
+    """A copy of an adapted forward that tells the arguments of the base's: callers ask for them by `inspect`."""
+    copied = types.FunctionType(
+        forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    copied = functools.update_wrapper(copied, forward)
+    del copied.__wrapped__
+    with suppress(TypeError, ValueError):  # a forward that is no plain function
+        copied.__signature__ = inspect.signature(base_forward)  # type: ignore[attr-defined]
+    return copied
 
 
 @functools.cache
@@ -425,6 +474,11 @@ def _check_adaptable(layer: nn.Module, kind: type[Adapted], refusal: str) -> Non
                 f"{refusal}it has an attribute {name!r} of its own, a name that adapters use. Rename it, or leave the"
                 " module out with exclude_modules."
             )
+    if reads_table_of_parts(type(layer)) and not isinstance(layer, nn.Sequential):
+        raise ConfigError(
+            f"{refusal}its forward looks into self._modules and would run the adapter as one of its parts. Loop over"
+            " self.children(), or leave the module out with exclude_modules."
+        )
     if calls_super_of_own_class(type(layer)):
         raise ConfigError(
             f"{refusal}its code calls super(self.__class__, self), which never ends in a subclass. Write super(), or"
@@ -440,13 +494,8 @@ def _do_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
 def base_tensor(layer: nn.Module, name: str, *default: Any) -> Any:
     """A tensor of the base, wherever it stands: a parameter, a plain attribute (pruning, the older weight_norm), a
     property of the class (parametrizations)."""
-    state = layer._adapter
-    window = state.windows.pop(thread_key(), None)
-    try:
+    with _window(layer, None):
         return getattr(layer, name, *default)
-    finally:
-        if window is not None:
-            state.windows[thread_key()] = window
 
 
 @contextmanager
@@ -456,15 +505,28 @@ def windows(layers: list[Any]) -> Iterator[None]:
     At every other moment they are the parameters themselves, so that initialising, tying, pruning, sharding and the
     like meet those.
     """
-    thread = thread_key()
-    opened = [layer._adapter for layer in layers if layer._adapter.active and thread not in layer._adapter.windows]
-    for state in opened:
-        state.windows[thread] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+            if layer._adapter.active and not isinstance(layer._adapter.windows.get(thread_key()), dict):
+                layer._check_class()
+                stack.enter_context(_window(layer, {}))
+        yield
+
+
+@contextmanager
+def _window(layer: Any, window: dict[tuple[str, bool], Tensor] | None) -> Iterator[None]:
+    """Let this thread read corrected tensors of a layer (a dictionary for those it reads), or its own (None)."""
+    opened, thread = layer._adapter.windows, thread_key()
+    nested = thread in opened
+    before = opened.get(thread)
+    opened[thread] = window
     try:
         yield
     finally:
-        for state in opened:
-            del state.windows[thread]
+        if nested:
+            opened[thread] = before
+        else:
+            opened.pop(thread, None)
 
 
 def thread_key() -> int:
@@ -483,22 +545,8 @@ class CorrectedWeights(Adapted):
         """Arguments and result are those of the base."""
         if not self._adapter.active:
             return self._own_forward(*args, **kwargs)
-        self._check_class()
         with windows([self]):
             return self._own_forward(*args, **kwargs)
-
-    def _check_class(self) -> None:
-        """A parametrization that was registered after injection hides the weight, and with it the correction."""
-        for kind in type(self).__mro__:
-            if "_adapted_from" in kind.__dict__:
-                return
-            for name in self._readable_names():
-                if name in kind.__dict__:
-                    raise PEFTError(
-                        f"{type(self).__name__}.{name} was parametrized after the adapters were injected, and the"
-                        " adapter, which corrects that weight, would have no effect. Register the parametrization"
-                        " before injection."
-                    )
 
 
 def adapted_parts(reader: nn.Module, paths: tuple[str, ...]) -> list[Any]:
@@ -514,12 +562,21 @@ def part_at(module: Any, path: str) -> nn.Module | None:
     return module
 
 
+def _open_window(state: AdapterState) -> dict[tuple[str, bool], Tensor] | None:
+    """Where corrected tensors are kept if this is a moment in which code may read them; None if it is not."""
+    thread = thread_key()
+    if state.windows and thread in state.windows:
+        return state.windows[thread]
+    # A checkpoint inside a reader's forward runs a part of it again in the backward pass, where no window is open.
+    in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return {} if in_backward and state.active else None
+
+
 def _readable_property(name: str, inherited: Any) -> property:
     """A property for one tensor of an adapted layer. ``inherited`` is what the base's class has under that name."""
 
     def get(layer: Any) -> Any:
-        state = layer.__dict__["_adapter"]
-        window = state.windows.get(thread_key()) if state.windows else None
+        window = _open_window(layer.__dict__["_adapter"])
         if window is not None:
             # computed once for each forward; a value read under no_grad has no history, so it is kept apart
             key = (name, torch.is_grad_enabled())
@@ -556,7 +613,7 @@ def merge_layer(layer: Any) -> None:
     if reason := layer._obstacle():
         raise MergeError(f"Cannot merge: {reason}")
     with torch.no_grad(), gathered(layer.modules(), keep=False):
-        tensors = layer.merged()
+        tensors = layer._merged_tensors()
     for name, tensor in tensors.items():
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise MergeError(f"The merged {name!r} holds NaN or infinity: the adapter or the base diverged.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -13,8 +14,8 @@ from torch import nn
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 #: what code asks of a weight without computing with it
 _FACTS = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "element_size"})
-#: functions that run before or between forwards, and read nothing to compute an output
-_SETUP = frozenset({"__init__", "_init_weights", "init_weights", "reset_parameters", "tie_weights", "extra_repr"})
+#: what a forward pass starts with
+_ENTRIES = ("forward", "__call__")
 
 
 @functools.cache
@@ -25,14 +26,20 @@ def walks_over_parts(kind: type) -> bool:
     >>> walks_over_parts(nn.Sequential), walks_over_parts(nn.Linear)
     (True, False)
     """
-    return any(_WALKS.intersection(code.co_names) for code in _codes(kind))
+    return issubclass(kind, nn.Sequential) or any(_WALKS.intersection(code.co_names) for code in _codes(kind))
+
+
+@functools.cache
+def reads_table_of_parts(kind: type) -> bool:
+    """Whether a forward pass looks into ``_modules`` itself, where nothing can be hidden from it."""
+    return any("_modules" in code.co_names for code in _codes_of_forward(kind, kind.forward))
 
 
 @functools.cache
 def calls_super_of_own_class(kind: type) -> bool:
     """Whether a method calls ``super(self.__class__, self)`` or ``super(type(self), self)``.
 
-    In a subclass that means the method itself again, without end. ``__init__`` has run already and does not count.
+    In a subclass that means the method itself again, without end. Only what a forward pass runs counts.
 
     >>> class Wrong(nn.Linear):
     ...     def forward(self, x):
@@ -40,9 +47,7 @@ def calls_super_of_own_class(kind: type) -> bool:
     >>> calls_super_of_own_class(Wrong), calls_super_of_own_class(nn.Linear)
     (True, False)
     """
-    for code in _codes(kind):
-        if code.co_name == "__init__":
-            continue
+    for code in _codes_of_forward(kind, kind.forward):
         names = [instruction.argval for instruction in dis.get_instructions(code) if _loads(instruction)]
         for i, name in enumerate(names):
             following = names[i + 1 : i + 3]
@@ -51,34 +56,50 @@ def calls_super_of_own_class(kind: type) -> bool:
     return False
 
 
-@functools.cache
-def tensor_reads(kind: type) -> tuple[tuple[str, str], ...]:
-    """Which tensors of its parts a module's class reads instead of calling the part: (path of the part, tensor).
+def tensor_reads(module: nn.Module, kind: type) -> tuple[tuple[str, str], ...]:
+    """Which tensors of its parts a module's forward reads instead of calling the part: (path of the part, tensor).
 
     ``self.attention.out_proj.weight`` gives ``("attention.out_proj", "weight")``, and ``layer.weight`` of any other
-    variable ``("*", "weight")``: some part. ``self.linear.weight.dtype`` gives nothing, as it asks for a fact. Other
-    attributes come along; whoever asks looks for names of tensors.
+    variable ``("*", "weight")``: some part. ``self.linear.weight.dtype`` gives nothing, as it asks for a fact, and
+    neither does ``self.linear.weight.data``, through which code writes. Other attributes come along; whoever asks
+    looks for names of tensors.
+
+    Args:
+        module: the module, which may have a forward of its own.
+        kind: its class, before it was adapted.
 
     >>> class Reads(nn.Module):
     ...     def forward(self, x):
     ...         return nn.functional.linear(x, self.query.weight, self.key.weight.dtype)
-    >>> tensor_reads(Reads)
+    >>> tensor_reads(Reads(), Reads)
     (('query', 'weight'),)
     """
+    # the forward is part of the question, because code may exchange that of a class between two injections
+    reads = _tensor_reads(kind, kind.forward)
+    own_forward = module.__dict__.get("forward")
+    function = getattr(own_forward, "__func__", getattr(own_forward, "func", own_forward))
+    if isinstance(function, types.FunctionType):
+        reads += _reads_in(_with_inner(function.__code__))
+    return reads
+
+
+@functools.cache
+def _tensor_reads(kind: type, forward: object) -> tuple[tuple[str, str], ...]:
+    return _reads_in(_codes_of_forward(kind, forward))
+
+
+def _reads_in(codes: Iterable[types.CodeType]) -> tuple[tuple[str, str], ...]:
     found: dict[tuple[str, str], None] = {}
-    for code in _codes(kind):
-        if code.co_name in _SETUP:
-            continue
+    for code in codes:
         for root, attributes in _attribute_chains(code):
-            if attributes[-1] in _FACTS:
+            if attributes[-1] in _FACTS or "data" in attributes:
                 continue
-            if root == "self":
-                # a.b.weight.t() may read `a.b`, `a.b.weight` or `a.b.weight.t`; only tensors will be found later
-                for end in range(2, len(attributes) + 1):
-                    found[".".join(attributes[: end - 1]), attributes[end - 1]] = None
-            else:
-                for end in range(1, len(attributes) + 1):
-                    found[".".join(["*", *attributes[: end - 1]]), attributes[end - 1]] = None
+            path = [] if root == "self" else ["*"]
+            # a.b.weight.t() may read `a.b`, `a.b.weight` or `a.b.weight.t`; only tensors will be found later
+            for attribute in attributes:
+                if path:
+                    found[".".join(path), attribute] = None
+                path.append(attribute)
     return tuple(found)
 
 
@@ -107,17 +128,42 @@ def _attribute_chains(code: types.CodeType) -> Iterator[tuple[str, list[str]]]:
 
 
 def _codes(kind: type) -> Iterator[types.CodeType]:
-    """The compiled functions of a class and of its bases below `nn.Module`, with the functions inside them."""
+    """The compiled functions of a class and of all its bases but `nn.Module`, with the functions inside them."""
+    for codes in _codes_by_name(kind).values():
+        yield from codes
+
+
+def _codes_of_forward(kind: type, forward: object) -> list[types.CodeType]:
+    """The compiled functions of a class that a forward pass may run: `forward`, and what is named in them."""
+    by_name = _codes_by_name(kind)
+    found: list[types.CodeType] = []
+    waiting = [name for name in _ENTRIES if name in by_name]
+    seen = set(waiting)
+    while waiting:
+        codes = by_name[waiting.pop()]
+        found += codes
+        for code in codes:
+            for name in code.co_names:
+                if name in by_name and name not in seen:
+                    seen.add(name)
+                    waiting.append(name)
+    return found
+
+
+def _codes_by_name(kind: type) -> dict[str, list[types.CodeType]]:
+    """Every definition of each function in a class and its bases, by the function's name."""
+    found: dict[str, list[types.CodeType]] = {}
     for parent in kind.__mro__:
-        if parent is nn.Module:
-            return
-        for member in vars(parent).values():
+        if parent in (nn.Module, object):
+            continue
+        for name, member in vars(parent).items():
             function = getattr(member, "__func__", getattr(member, "fget", member))
-            while hasattr(function, "__wrapped__"):
-                function = function.__wrapped__
+            if isinstance(function, types.FunctionType):
+                function = inspect.unwrap(function)
             code = getattr(function, "__code__", None)
             if isinstance(code, types.CodeType):
-                yield from _with_inner(code)
+                found.setdefault(name, []).extend(_with_inner(code))
+    return found
 
 
 def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapted import (
@@ -32,7 +33,7 @@ class ReadingParent(Adapted):
         """As the base; the layers whose tensors it reads answer the corrected ones meanwhile."""
         return self._own_forward(*args, **kwargs)
 
-    def merged(self) -> dict[str, Tensor]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """Nothing: it has no tensors of an adapter."""
         return {}
 
@@ -47,26 +48,34 @@ class RootReader:
     def __init__(self, paths: tuple[str, ...]) -> None:
         self.paths = paths
         self.handles: list[Any] = []
+        #: how many forwards of the root each thread is in
+        self.depths: dict[int, int] = {}
 
     def switch(self, root: nn.Module, on: bool) -> None:
         """Set the hooks, or take them away."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.depths = [], {}
         if on:
             self.handles.append(root.register_forward_pre_hook(self.open))
             self.handles.append(root.register_forward_hook(self.close, always_call=True))
 
     def open(self, root: nn.Module, args: tuple[Any, ...]) -> None:
         """Before the forward."""
-        for layer in adapted_parts(root, self.paths):
-            if layer._adapter.active:
-                layer._adapter.windows[thread_key()] = {}
+        thread = thread_key()
+        self.depths[thread] = self.depths.get(thread, 0) + 1
+        if self.depths[thread] == 1:
+            for layer in adapted_parts(root, self.paths):
+                layer._adapter.windows[thread] = {}
 
     def close(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the forward, also one that failed."""
-        for layer in adapted_parts(root, self.paths):
-            layer._adapter.windows.pop(thread_key(), None)
+        thread = thread_key()
+        self.depths[thread] = self.depths.get(thread, 1) - 1
+        if self.depths[thread] == 0:
+            del self.depths[thread]
+            for layer in adapted_parts(root, self.paths):
+                layer._adapter.windows.pop(thread, None)
 
 
 def open_to_readers(root: nn.Module) -> tuple[RootReader, list[tuple[str, Any]]]:
@@ -77,22 +86,25 @@ def open_to_readers(root: nn.Module) -> tuple[RootReader, list[tuple[str, Any]]]
     """
     found: list[tuple[str, Any]] = []
     of_root: tuple[str, ...] = ()
+    readable = {name for layer in root.modules() if isinstance(layer, Adapted) for name in layer._readable_names()}
     for reader_name, reader in list(root.named_modules()):
-        if isinstance(reader, Delta):
+        if isinstance(reader, (Delta, torch.jit.ScriptModule)):
             continue
-        paths = []
-        for path, tensor in tensor_reads(base_class(reader)):
+        paths: dict[str, None] = {}
+        for path, tensor in tensor_reads(reader, base_class(reader)):
+            if tensor not in readable:
+                continue
             for place, layer in _meant_by(reader, path):
-                if isinstance(layer, Adapted) and tensor in layer._readable_names():
+                if tensor in layer._readable_names():
                     make_readable(layer, layer._readable_names())
-                    paths.append(place)
+                    paths[place] = None
                     found.append((reader_name, layer))
         if reader is root:
-            of_root = tuple(dict.fromkeys(paths))
+            of_root = tuple(paths)
         elif paths:
             if not isinstance(reader, Adapted):
                 adapt(reader, ReadingParent, None, name=reader_name)
-            reader._adapter.reads += tuple(dict.fromkeys(paths))
+            reader._adapter.reads += tuple(paths)
     root_reader = RootReader(of_root)
     root_reader.switch(root, bool(of_root))
     return root_reader, found
@@ -106,21 +118,18 @@ def close_to_readers(root: nn.Module, root_reader: RootReader) -> None:
             release(module)
 
 
-def _meant_by(reader: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """Adapted layers inside a reader that an expression in its code may mean: those at the path, or, for a variable
-    whose path is not known, the reader's own parts, also in lists and dicts of them."""
+def _meant_by(reader: nn.Module, path: str) -> list[tuple[str, Any]]:
+    """Adapted layers inside a reader that an expression in its code may mean, with their paths.
+
+    ``*`` stands for a variable that may hold any module below the reader, or the reader itself (in a function inside
+    its forward).
+    """
     if not path.startswith("*"):
-        paths = [path]
-    else:
-        paths = []
-        for name, part in reader.named_children():
-            names = [name]
-            if isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-                names += [f"{name}.{key}" for key, _ in part.named_children()]
-            paths += [place + path[1:] for place in names]
+        part = part_at(reader, path)
+        return [(path, part)] if isinstance(part, Adapted) else []
+    ending = path[1:]
     found = []
-    for candidate in paths:
-        part = part_at(reader, candidate)
-        if part is not None:
-            found.append((candidate, part))
+    for name, layer in reader.named_modules():
+        if name and isinstance(layer, Adapted) and f".{name}".endswith(ending):
+            found.append((name, layer))
     return found

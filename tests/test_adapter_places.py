@@ -197,7 +197,7 @@ def test_generate_with_cache(method, kind):
     for a, b in zip(runs[0].logits, runs[1].logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     states = [m._adapter for m in model.modules() if isinstance(m, WithBottleneck)]
-    assert all(state.slot is None or state.slot.value is None for state in states)
+    assert all(state.slot is None or not state.slot.values for state in states)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Adapted, AdapterState, Delta, factor_dtype
+from lightning_peft.adapted import Adapted, AdapterState, Delta, factor_dtype, thread_key
 from lightning_peft.errors import ConfigError, PEFTError
 
 NonLinearity = Literal["relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leaky_relu"]
@@ -90,16 +90,20 @@ def check_width(v: Tensor, width: int) -> None:
 class Slot:
     """Takes a layer's input from where it enters to where the adapter reads it, within one pass through the layer.
 
-    Copies and pickles of it are empty: a tensor left over from a pass that broke off never travels.
+    Each thread has its own pass. Copies and pickles of it are empty: a tensor left over from a pass that broke off
+    never travels.
     """
 
     def __init__(self) -> None:
-        self.value: Tensor | None = None
+        self.values: dict[int, Tensor] = {}
+
+    def put(self, value: Tensor) -> None:
+        """Keep the input of the pass that begins."""
+        self.values[thread_key()] = value
 
     def take(self) -> Tensor | None:
         """The input of this pass; the slot is empty afterwards."""
-        value, self.value = self.value, None
-        return value
+        return self.values.pop(thread_key(), None)
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         return Slot, ()
@@ -112,7 +116,7 @@ class Tap:
         self.slot = slot
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.slot.value = first_tensor(args, kwargs)
+        self.slot.put(first_tensor(args, kwargs))
 
 
 class BottleneckState(AdapterState):

@@ -59,7 +59,9 @@ def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
         return {}
     found = {}
     for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.ndim == 3 and parameter.is_floating_point():
+        # `X_orig`, `X_g` and `X_v` are what pruning and norms compute X from
+        computed = name.endswith(("_orig", "_g", "_v")) and hasattr(module, name.rpartition("_")[0])
+        if parameter is not None and parameter.ndim == 3 and parameter.is_floating_point() and not computed:
             found[name] = parameter
     counts = {len(parameter) for parameter in found.values()}
     if len(counts) != 1 or any(min(parameter.shape) == 1 for parameter in found.values()):
@@ -92,8 +94,7 @@ def places(module: Any, name: str) -> list[Place]:
     if isinstance(module, nn.MultiheadAttention):
         return _attention_places(module)
     if isinstance(module, _CELLS):
-        weights = {n: p for n, p in module._parameters.items() if p is not None and p.ndim == 2}
-        return [Place(weight, weight.shape[1], weight.shape[0], n) for n, weight in weights.items()]
+        return _recurrent_places(module, name)
     fused = name.rpartition(".")[2] in _FUSED
     if isinstance(module, nn.Linear) or packed(module) is not None:
         fused = fused and module.out_features % 3 == 0
@@ -114,6 +115,24 @@ def _attention_places(module: nn.MultiheadAttention) -> list[Place]:
     for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         weight: Any = module._parameters[name]
         found.append(Place(weight, weight.shape[1], weight.shape[0], name))
+    return found
+
+
+def _recurrent_places(module: Any, name: str) -> list[Place]:
+    """The weight matrices of a recurrent layer or cell; they must be plain parameters."""
+    names = getattr(module, "_flat_weights_names", ["weight_ih", "weight_hh"])
+    found = []
+    for tensor_name in names:
+        if not tensor_name.startswith("weight"):
+            continue
+        weight = module._parameters.get(tensor_name)
+        if weight is None:
+            raise ConfigError(
+                f"{name!r} ({type(module).__name__}): its {tensor_name} is computed at each call (weight_norm,"
+                " spectral_norm, pruning), where no correction can act. Remove that before injection, or leave the"
+                " module out with exclude_modules."
+            )
+        found.append(Place(weight, weight.shape[1], weight.shape[0], tensor_name))
     return found
 
 

@@ -27,17 +27,18 @@ class LowRankLinear(Adapted):
 
     _adapter: LowRankState
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: (…, in) -> (…, out)."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The input, (…, in), under the name that the base gives it -> (…, out)."""
         state = self._adapter
+        input = args[0] if args else next(iter(kwargs.values()))
         if state.fast:
             output = fast_output(self, input)
             if output is not None:
                 return output
-        output = self._base_forward(input)
+        output = self._base_forward(*args, **kwargs)
         return self.delta(input, output, self) if state.active else output
 
-    def merged(self) -> dict[str, Tensor]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """The corrected weight."""
         return {"weight": self.delta.fold(base_tensor(self, "weight"))}
 

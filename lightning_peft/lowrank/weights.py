@@ -3,11 +3,12 @@ an output. While their forward runs, the weight answers ``W + ΔW``, and whateve
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.adapted import CorrectedWeights, Delta, base_tensor
+from lightning_peft.adapted import CorrectedWeights, Delta, base_class, base_tensor
 from lightning_peft.lowrank.factors import LowRank
 
 
@@ -27,7 +28,7 @@ class LowRankWeights(CorrectedWeights):
     `nn.MultiheadAttention`, recurrent cells, stacked expert weights.
     """
 
-    def merged(self) -> dict[str, Tensor]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """The corrected parameters."""
         return {name: delta.fold(base_tensor(self, name)) for name, delta in self._factors().items()}
 
@@ -48,9 +49,7 @@ class LowRankWeights(CorrectedWeights):
 class LowRankRecurrent(LowRankWeights):
     """`nn.LSTM`, `nn.GRU`, `nn.RNN`: their forward reads a list of their weights, not the weights by name."""
 
-    _flat_weights: list[Any]
     _flat_weights_names: list[str]
-    _update_flat_weights: Any
 
     def _readable_names(self) -> tuple[str, ...]:
         return ()
@@ -58,16 +57,16 @@ class LowRankRecurrent(LowRankWeights):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments and result are those of the base."""
         if not self._adapter.active:
-            return self._base_forward(*args, **kwargs)
-        self._update_flat_weights()  # a no-op unless parameters were exchanged since (functional_call)
-        factors, own = self._factors(), self._flat_weights
-        corrected = list(own)
+            return self._own_forward(*args, **kwargs)
+        factors = self._factors()
+        own = [getattr(self, name) for name in self._flat_weights_names]
+        weights = list(own)
         for position, name in enumerate(self._flat_weights_names):
             if name in factors:
-                corrected[position] = self._corrected(name)
-        # The list must hold the parameters again afterwards: it is copied, moved and pickled with the module.
-        self._flat_weights = corrected
-        try:
-            return self._base_forward(*args, **kwargs)
-        finally:
-            self._flat_weights = own
+                weights[position] = self._corrected(name)
+        # The list is exchanged in a stand-in that shares everything else: the layer's own is copied, moved and pickled
+        # with it, and other threads may be using it.
+        stand_in = object.__new__(type(self))
+        references = [weakref.ref(weight) for weight in own]  # by which torch sees that the list is up to date
+        stand_in.__dict__.update({**self.__dict__, "_flat_weights": weights, "_flat_weight_refs": references})
+        return base_class(self).forward(stand_in, *args, **kwargs)

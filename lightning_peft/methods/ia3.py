@@ -66,7 +66,7 @@ class IA3Output(IA3Layer):
         output = self._base_forward(*args, **kwargs)
         return self.delta(output, self._feature_dim()) if self._adapter.active else output
 
-    def merged(self) -> dict[str, Tensor]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """Weight and bias, rescaled by output."""
         scale, weight, bias = self.delta.ia3_l, base_tensor(self, "weight"), base_tensor(self, "bias", None)
         shape = [1] * weight.ndim
@@ -83,13 +83,16 @@ class IA3Output(IA3Layer):
 class IA3Input(IA3Layer):
     """A layer whose input is rescaled: ``y = W(l ⊙ x) + b``."""
 
-    def forward(self, input: Tensor) -> Any:
-        """input: (…, in) -> (…, out)."""
-        if self._adapter.active:
-            input = self.delta(input, self._feature_dim())
-        return self._base_forward(input)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base: (…, in) -> (…, out); the first argument is rescaled."""
+        if not self._adapter.active:
+            return self._base_forward(*args, **kwargs)
+        if args:
+            return self._base_forward(self.delta(args[0], self._feature_dim()), *args[1:], **kwargs)
+        name, input = next(iter(kwargs.items()))
+        return self._base_forward(**{**kwargs, name: self.delta(input, self._feature_dim())})
 
-    def merged(self) -> dict[str, Tensor]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """The weight, rescaled by input."""
         scale, weight = self.delta.ia3_l, base_tensor(self, "weight")
         if is_conv1d(self):
@@ -107,7 +110,7 @@ class IA3Input(IA3Layer):
 class IA3Attention(CorrectedWeights):
     """The packed input projections of `nn.MultiheadAttention`, whose parameters are read, not called."""
 
-    def merged(self) -> dict[str, Tensor]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """Weight and bias, rescaled by output."""
         scale, weight, bias = self.delta.ia3_l, base_tensor(self, "in_proj_weight"), base_tensor(self, "in_proj_bias")
         found = {"in_proj_weight": weight.to(scale.dtype) * scale.unsqueeze(1)}

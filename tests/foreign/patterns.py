@@ -800,7 +800,7 @@ PATTERNS: dict[str, Pattern] = {
     # parts that loop over their parts
     "loops_children": Pattern(_held(LoopsChildren), weights=["m.a", "m.b"], bottleneck="m"),
     "loops_named": Pattern(_held(LoopsNamed), weights=["m.a", "m.b"], bottleneck="m"),
-    "loops_modules": Pattern(_held(LoopsModules), weights=["m.a", "m.b"], bottleneck="m"),
+    "loops_modules": Pattern(_held(LoopsModules), weights=["m.a", "m.b"], bottleneck="m", may_refuse=True),
     "dict_block": Pattern(_held(DictBlock), weights=["m.a", "m.b"], bottleneck="m", may_refuse=True),
     "list_block": Pattern(_held(ListBlock), weights=["m.0", "m.2"], bottleneck="m", may_refuse=True),
     "mlp_block": Pattern(_held(MLPBlock), weights=["m.0", "m.3"], bottleneck="m"),
