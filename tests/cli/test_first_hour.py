@@ -182,3 +182,19 @@ def test_a_run_of_max_steps_is_saved(folder, capsys):
     assert "there is no checkpoint below gone" in capsys.readouterr().err
     assert main(["test", "--config", "config.yaml", "--resume"]) == 2
     assert "--resume and --overwrite belong to fit" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_installed_command_trains_with_two_processes(folder):
+    """Lightning starts the second process with the path and the words of the first; both choose one folder."""
+    command = [str(Path(sys.executable).parent / "lightning-peft"), "fit", "--config", "config.yaml"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.callbacks+=TrainabilityCheck"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("MASTER_PORT", None)
+    for place in ("run", "run-2"):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        # 26 rows are 13 for each process, in batches of 4
+        assert torch.load(f"{place}/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+        assert done.stderr.count("holds a run already") == (place == "run-2")
+    assert not Path("run-3").exists()
