@@ -190,7 +190,9 @@ def _load(kind: str, on_disk: bool, **options: Any) -> Dataset:
     if not tables:
         return datasets.Dataset.from_dict({})
     info = datasets.DatasetInfo(features=rows.features) if rows.features else None
-    return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive"), info=info)
+    # some releases of datasets (3.0 to 5.0) give one table a row, and a table of so many pieces takes all memory
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    return datasets.Dataset(table, info=info)
 
 
 def _why(error: Exception) -> str:

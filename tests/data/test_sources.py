@@ -313,6 +313,13 @@ def test_a_table_is_read_by_the_sign_that_divides_its_header(sign, tmp_path):
     ]
 
 
+def test_a_table_is_one_piece_however_datasets_hands_out_its_rows(tmp_path, monkeypatch):
+    """Releases 3.0 to 5.0 of datasets hand out a table for each row."""
+    monkeypatch.setattr("lightning_peft.data.sources._CHUNK", 1)
+    rows = read(write_csv(tmp_path / "a.csv", rows_of(30)))["train"]
+    assert len(rows) == 30 and all(column.num_chunks == 1 for column in rows.data.table.columns)
+
+
 def test_rows_without_a_label_are_left_out_if_asked(tmp_path, encoder_tokenizer, said):
     rows = rows_of(10)
     path = write_csv(tmp_path / "a.csv", [rows[0], {**rows[1], "label": ""}, *rows[2:]])
