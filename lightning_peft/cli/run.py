@@ -249,6 +249,13 @@ class PEFTCLI(LightningCLI):
             callbacks = [Bar(), *callbacks]
         try:
             return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        except MisconfigurationException as error:
+            if "No supported gpu backend found" not in str(error):
+                raise
+            raise PEFTError(
+                f"trainer.accelerator={config.get('accelerator')}: torch finds no GPU on this machine (No supported gpu"
+                " backend found). Train on what there is with --trainer.accelerator auto, or install a torch with CUDA."
+            ) from error
         except (TypeError, ValueError) as error:  # options that exclude each other, or do not fit this machine
             raise PEFTError(f"trainer: {error}") from error
 
