@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -161,7 +162,8 @@ class TaskModule(L.LightningModule):
             self.load_options = {**method.load_options(), **self.load_options}
         self.hparams["model_kwargs"] = plain_options(self.load_options)
         network, said = load(self.source, self.task, self.label_names, self.load_options)
-        for line in said if self._trainer is not None else []:  # a reload fills a new head at once
+        fits = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        for line in said if fits else []:  # otherwise a checkpoint fills a new head at once
             rank_zero_info(line)
         return network
 
