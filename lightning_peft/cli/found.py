@@ -24,8 +24,12 @@ from lightning_peft.untrusted import short, with_known_classes, without_code, wi
 _PARTS = ("seed_everything", "peft", "model", "data", "trainer", "test_after_fit")
 
 
-def read_found(file: Path) -> str:
+def read_found(file: Path, *, loggers: bool) -> str:
     """The config as text in YAML, with what it may say.
+
+    Args:
+        file: the config.
+        loggers: whether its loggers are used. A measurement of a finished run is no further run to be tracked.
 
     Raises:
         CheckpointError: it names code, or a place outside its folder.
@@ -51,6 +55,8 @@ def read_found(file: Path) -> str:
         root = None  # the config's places stand below the run's folder
     config["trainer"] = _placed(config["trainer"], "trainer", root, folder, file)
     config["trainer"]["default_root_dir"] = str(folder)  # where fit wrote this file
+    if not loggers:
+        config["trainer"]["logger"] = False
     config = {part: value for part, value in config.items() if value != {}}
     # every text is quoted, so that it is read back as what it is
     return yaml.safe_dump(config, default_style='"', allow_unicode=True)

@@ -30,6 +30,7 @@ from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
+from lightning_peft.data.tasks import TextTask
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate, near, read
 from lightning_peft.method import Method, registry
@@ -40,6 +41,7 @@ from lightning_peft.untrusted import only_known_imports, short
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 _PREDICTIONS = "predictions.jsonl"
+_PARTS = ("model", "data")
 _DATA = (TextDataModule, ImageDataModule, AudioDataModule)
 
 
@@ -143,6 +145,7 @@ class PEFTCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if not hasattr(trainer, "get"):
             raise ConfigError(f"trainer: expected a mapping of options, got {trainer!r}.")
+        self._share_task()
         self._settle_folder(trainer)
         path = self._get(self.config, "ckpt_path")
         if path == "best":
@@ -163,6 +166,17 @@ class PEFTCLI(LightningCLI):
                 self._take_classes(path)
         if "WandbLogger" in str(trainer.get("logger")):
             silence_wandb()
+
+    def _share_task(self) -> None:
+        """The data take the task of the model where the command names only that: they must be equal anyway."""
+        words = sys.argv[1:]
+        named = {part: _values(words, f"--{part}.task") + _values(words, f"--{part}.init_args.task") for part in _PARTS}
+        data = self._get(self.config, "data")
+        arguments = data.get("init_args") if data else None
+        if not named["model"] or named["data"] or not arguments or "task" not in arguments:
+            return
+        if named["model"][-1] in TextTask.__args__:
+            arguments.task = named["model"][-1]
 
     def _settle_folder(self, trainer: Any) -> None:
         """Choose the run's folder, put everything that is written below it, and find the checkpoint to go on from."""
@@ -326,7 +340,7 @@ def run(words: list[str]) -> PEFTCLI:
         elif words[0] == "fit" and "--resume" in words:
             file = _of_run(words)
         if file is not None:
-            full[1:1] = ["--config", read_found(file)]
+            full[1:1] = ["--config", read_found(file, loggers=words[0] == "fit")]
             guard = only_known_imports(_packages_named(words))
     with guard:
         return PEFTCLI(

@@ -197,7 +197,7 @@ def test_a_fit_that_fails_leaves_the_config_of_the_last_one(quickstart, monkeypa
     saved, adapter = Path("runs/quickstart/config.yaml"), "runs/quickstart/adapter.safetensors"
     before = saved.read_text()
     command = ["fit", "--config", "quickstart.yaml", *SMALL, "--trainer.logger", "false"]
-    assert main([*command, "--model.task", "causal-lm"]) == 2 and saved.read_text() == before
+    assert main([*command, "--data.task", "causal-lm"]) == 2 and saved.read_text() == before
     assert main([*command, "--ckpt_path", adapter]) == 2
     assert f"--trainer.callbacks.init_from {adapter}" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lightning_peft.cli import main
 
@@ -182,6 +183,22 @@ def test_a_run_of_max_steps_is_saved(folder, capsys):
     assert "there is no checkpoint below gone" in capsys.readouterr().err
     assert main(["test", "--config", "config.yaml", "--resume"]) == 2
     assert "--resume and --overwrite belong to fit" in capsys.readouterr().err
+
+
+def test_the_task_is_given_once(folder, capsys):
+    Path("rows.csv").write_text(ROWS.replace("yes\n", "1.5\n").replace("no\n", "0\n"))
+    assert main(["fit", "--config", "config.yaml", "--model.task", "regression"]) == 0, capsys.readouterr().err
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["data"]["init_args"]["task"] == saved["model"]["init_args"]["task"] == "regression"
+
+
+def test_measuring_a_finished_run_starts_no_further_logs(folder, capsys):
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"]
+    assert main(["fit", "--config", "config.yaml", *logger]) == 0, capsys.readouterr().err
+    assert [path.name for path in Path("run/logs/lightning_logs").iterdir()] == ["version_0"]
+    assert main(["test", "--ckpt_path", "run/checkpoints/best.ckpt"]) == 0
+    assert main(["predict", "--ckpt_path", "run/checkpoints/best.ckpt"]) == 0
+    assert [path.name for path in Path("run/logs/lightning_logs").iterdir()] == ["version_0"]
 
 
 @pytest.mark.slow
