@@ -317,7 +317,8 @@ class TextDataModule(SplitDataModule):
         if self.placeholder_id is not None:
             return self.placeholder_id
         module = getattr(self.trainer, "lightning_module", None)
-        found = [m for m in module.modules() if hasattr(m, "placeholder")] if module is not None else []
+        states = [getattr(m, "_adapter", None) for m in module.modules()] if module is not None else []
+        found = [state for state in states if hasattr(state, "placeholder")]
         if not found or found[0].n != self.places.count:
             has = f"has {found[0].n}" if found else "has no PTuning"
             raise ConfigError(
