@@ -166,7 +166,8 @@ class TaskModule(LightningModule):
             self.load_options = {**method.load_options(), **self.load_options}
         self.hparams["model_kwargs"] = plain_options(self.load_options)
         network, said = load(self.source, self.task, self.label_names, self.load_options)
-        for line in said if self._trainer is not None else []:  # a reload fills a new head at once
+        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        for line in said if fits else []:  # otherwise a checkpoint fills a new head at once
             rank_zero_info(line)
         return network
 

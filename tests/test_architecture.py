@@ -76,6 +76,7 @@ LAYERS = [
     ["compare.training"],
     ["compare.comparison"],
     ["compare.table", "compare.plots"],
+    ["cli.folder"],
     ["cli.configs", "cli.messages", "cli.quiet", "cli.methods", "cli.screen", "cli.arguments", "cli.peek", "cli.bar"],
     ["cli.base", "cli.inspect", "cli.found"],
     ["cli.export", "cli.merge"],

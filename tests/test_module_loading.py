@@ -281,3 +281,8 @@ def test_info_lines(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, PEFT(LoRA(r=2)), max_steps=1).fit(module, Data(SENTENCE))
     assert "New in BertForSequenceClassification" in caplog.text and "Base in train mode: 8 dropout" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):  # a checkpoint would fill the head
+        again = TaskModule(str(tmp_path / "base"), "sequence-classification", label_names=NAMES)
+        trainer(tmp_path, PEFT(LoRA(r=2))).test(again, Data(SENTENCE), verbose=False)
+    assert "New in" not in caplog.text

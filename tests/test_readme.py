@@ -36,10 +36,12 @@ def test_commands_parse(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks(root, "bash") for line in block.splitlines()]
     ours = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("lightning-peft")]
-    assert len(ours) == 9
+    assert len(ours) == 11
     for words in ours:
         if words[0] == "methods":
             assert main(words) == 0
+        elif "--resume" in words:  # the run is not there
+            assert main(words) == 2 and "runs/reviews holds no config.yaml" in capsys.readouterr().err
         elif words[0] == "fit":
             assert main([*words, "--print_config"]) == 0, capsys.readouterr().err
         elif words[0] == "compare":  # understood up to the last word

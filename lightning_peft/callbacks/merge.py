@@ -90,7 +90,13 @@ class MergeOnFitEnd(Callback):
             load_adapter(pl_module, path)
             rank_zero_info(f"Best weights loaded from {near(path)}.")
         elif not trainer.fast_dev_run:
-            rank_zero_info("MergeOnFitEnd: no checkpoint monitors a metric, so the last weights are used.")
+            monitored = [c.monitor for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)]
+            why = (
+                f"no checkpoint of the best {monitored[0]} was written"
+                if monitored
+                else "no checkpoint monitors a metric"
+            )
+            rank_zero_info(f"MergeOnFitEnd: {why}, so the last weights are used.")
 
     def _check_strategy(self, trainer: L.Trainer) -> None:
         split = loads_late(trainer) or not readable(trainer)

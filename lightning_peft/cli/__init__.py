@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -27,6 +28,9 @@ Options of a command: lightning-peft fit --help. A method's options: lightning-p
 Without --config, validate, test and predict read the config that fit saved beside --ckpt_path."""
 
 
+COMMANDS = ("fit", "validate", "test", "predict", "compare", "methods", "inspect", "export", "merge")
+#: what other programs call these commands
+_OTHER_NAMES = {"train": "fit", "finetune": "fit", "evaluate": "test", "eval": "test", "generate": "predict"}
 #: parts of messages that Lightning means for the user and raises as general errors
 _MEANT = ("conditioned on metric", "is set but", "is not in bounds, numpy accepts")
 
@@ -42,6 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
         print(f"lightning-peft {__version__}")
         return 0
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        print(f"lightning-peft: error: {_unknown(words[0])}", file=sys.stderr)
+        return 2
     if words[0] == "methods":
         from lightning_peft.cli.methods import show
 
@@ -50,6 +57,13 @@ def main(args: Sequence[str] | None = None) -> int:
     if words[0] in ("inspect", "export", "merge"):
         return _files(words)
     return _train(words)
+
+
+def _unknown(word: str) -> str:
+    names = {**{command: command for command in COMMANDS}, **_OTHER_NAMES}
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    hint = f" Did you mean {names[near[0]]}?" if near else ""
+    return f"unknown command {word!r}.{hint} Commands: {', '.join(COMMANDS)}."
 
 
 def _files(words: list[str]) -> int:

@@ -66,7 +66,12 @@ def _arguments() -> _Arguments:
     add("--rates", nargs="+", default=["3"], metavar="K", help="learning rates: how many (3), or which (1e-3 3e-3)")
     add("--validations", type=_positive, default=4, metavar="N", help="validations during a run, the end included (4)")
     add("--metric", help="what decides (accuracy for classes, mae for numbers, loss for text)")
-    add("--out", type=Path, metavar="DIR", help="folder for everything (the config's default_root_dir + /compare)")
+    add(
+        *("--output_dir", "--out"),
+        type=Path,
+        metavar="DIR",
+        help="folder for everything (the config's output_dir + /compare)",
+    )
     return parser
 
 
@@ -98,7 +103,8 @@ def compare(words: Sequence[str]) -> int:
     given = [m for m in _given(config) if isinstance(m, Method)]
     candidates, left_out = choose(options.methods, given)
     console = Console(highlight=False)
-    out = options.out or Path(config.config.trainer.get("default_root_dir") or "runs", "compare")
+    folder = config.config.output_dir or config.config.trainer.get("default_root_dir") or "runs"
+    out = options.output_dir or Path(folder, "compare")
     with _quiet(bars=console.is_terminal):
         task = ComparedTask(config.parser, config.config, out, f"compare-{out.parent.name or out.name}")
         steps = task.steps(read_budget(options.budget) if options.budget is not None else None)
@@ -125,7 +131,7 @@ def compare(words: Sequence[str]) -> int:
 def _parse(words: list[str]) -> _Config:
     if not any(w.split("=")[0] in ("-c", "--config") for w in words):
         raise ConfigError("compare needs a task: --config task/bbc_topics.yaml, or a config of your own for fit.")
-    sys.argv = ["lightning-peft", "compare", *words]
+    sys.argv = [sys.argv[0], "compare", *words]
     found = expand(["compare", *words])[1:]
     options: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True}
     options |= {"auto_configure_optimizers": False, "seed_everything_default": 42, "parser_class": Parser}

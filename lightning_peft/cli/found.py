@@ -16,17 +16,20 @@ import yaml
 from jsonargparse import get_loader
 
 from lightning_peft.cli.configs import check_config
+from lightning_peft.cli.folder import PLACES
 from lightning_peft.errors import CheckpointError
 from lightning_peft.untrusted import short, with_known_classes, without_code, without_places
 
 #: the parts that are taken; others, as ``weights_only``, belong to the call
-_PARTS = ("seed_everything", "peft", "model", "data", "trainer")
-#: options of the Trainer and its callbacks, loggers and profilers that name a file or folder to write to
-_PLACES = ("default_root_dir", "dirpath", "save_dir", "root_dir", "log_dir", "output_dir", "path", "dir")
+_PARTS = ("seed_everything", "peft", "model", "data", "trainer", "test_after_fit")
 
 
-def read_found(file: Path) -> str:
+def read_found(file: Path, *, loggers: bool) -> str:
     """The config as text in YAML, with what it may say.
+
+    Args:
+        file: the config.
+        loggers: whether its loggers are used. A measurement of a finished run is no further run to be tracked.
 
     Raises:
         CheckpointError: it names code, or a place outside its folder.
@@ -47,8 +50,13 @@ def read_found(file: Path) -> str:
     config["data"] = without_places(config["data"])
     _refuse_further_files(config, file)
     folder = file.parent.absolute()
-    config["trainer"] = _placed(config["trainer"], "trainer", config["trainer"].get("default_root_dir"), folder, file)
+    root = config["trainer"].get("default_root_dir") or "."
+    if found.get("output_dir") is not None:
+        root = None  # the config's places stand below the run's folder
+    config["trainer"] = _placed(config["trainer"], "trainer", root, folder, file)
     config["trainer"]["default_root_dir"] = str(folder)  # where fit wrote this file
+    if not loggers:
+        config["trainer"]["logger"] = False
     config = {part: value for part, value in config.items() if value != {}}
     # every text is quoted, so that it is read back as what it is
     return yaml.safe_dump(config, default_style='"', allow_unicode=True)
@@ -67,7 +75,7 @@ def _refuse_further_files(config: Mapping[str, Any], file: Path) -> None:
             waiting += value.items()
         elif isinstance(value, list):
             waiting += [(key, part) for part in value]
-        elif isinstance(value, str) and key not in _PLACES and Path(value).is_file():
+        elif isinstance(value, str) and key not in PLACES and Path(value).is_file():
             raise CheckpointError(f"{file}: {key}={short(repr(value), 120)} names a further file. {_way_out(file)}")
 
 
@@ -81,8 +89,8 @@ def _placed(value: Any, key: str, root: Any, folder: Path, file: Path) -> Any:
         return value
     if key == "filename" and (os.path.isabs(value) or ".." in Path(value).parts):
         place = None
-    elif key in _PLACES:
-        place = _place(value, root if isinstance(root, str) else ".", folder)
+    elif key in PLACES:
+        place = _place(value, root if root is None or isinstance(root, str) else ".", folder)
     else:
         return value
     if place is None:
@@ -92,19 +100,21 @@ def _placed(value: Any, key: str, root: Any, folder: Path, file: Path) -> Any:
     return place if key != "filename" else value
 
 
-def _place(value: str, root: str, folder: Path) -> str | None:
+def _place(value: str, root: str | None, folder: Path) -> str | None:
     """Where a path of the config lies in the run's folder, also if that was moved since; None if it lies elsewhere.
 
     Args:
         value: the path.
-        root: what the config calls the run's folder.
+        root: what the config calls the run's folder; None if relative paths stand below that folder.
         folder: the run's folder.
     """
     if "://" in value or "::" in value or "\0" in value:
         return None
-    old, path = os.path.abspath(root), os.path.abspath(value)
+    old, path = os.path.abspath(root or "."), os.path.abspath(value)
     if os.path.normpath(value) == ".":  # the default of loggers
         place = folder
+    elif root is None:
+        place = folder / value
     elif path == old or path.startswith(old.rstrip(os.sep) + os.sep):
         place = folder / os.path.relpath(path, old)
     else:

@@ -26,6 +26,8 @@ _TIPS = (
     "`Trainer.fit` stopped",
     "Seed set to",
     "Loading `train_dataloader`",
+    "An KeyboardInterrupt was raised",
+    "An SIGTERMException was raised",
 )
 
 

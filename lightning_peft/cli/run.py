@@ -17,14 +17,16 @@ import lightning_peft.methods  # noqa: F401  (short names resolve once the class
 from lightning_peft.callbacks import PEFT, PredictionWriter
 from lightning_peft.cli.bar import Bar
 from lightning_peft.cli.configs import check_config
+from lightning_peft.cli.folder import CONFIG, OldRun, free_neighbour, holds_run, newest_checkpoint, put_below
 from lightning_peft.cli.found import read_found
 from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
+from lightning_peft.data.tasks import TextTask
 from lightning_peft.errors import ConfigError, PEFTError
-from lightning_peft.files import locate, read
-from lightning_peft.lightning_packages import L
+from lightning_peft.files import locate, near, read
+from lightning_peft.lightning_packages import L, every, rank_zero_only
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
 from lightning_peft.replacing import replacing
@@ -40,6 +42,7 @@ else:
 
 SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 _PREDICTIONS = "predictions.jsonl"
+_PARTS = ("model", "data")
 _DATA = (TextDataModule, ImageDataModule, AudioDataModule)
 
 
@@ -74,20 +77,26 @@ class SaveConfig(SaveConfigCallback):
     A run that fails before must not take the place of the one whose checkpoints lie there.
     """
 
-    def __init__(self, parser: Any, config: Any, **options: Any) -> None:
-        super().__init__(parser, config, **{**options, "save_to_log_dir": False})
+    def __init__(
+        self, parser: Any, config: Any, as_given: Any = None, replaced: OldRun | None = None, **options: Any
+    ) -> None:
+        super().__init__(parser, as_given or config, **{**options, "save_to_log_dir": False})
+        self.replaced = replaced
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Too early."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Everything is built and checked."""
-        if trainer.is_global_zero:
-            self.save_config(trainer, pl_module, "fit")
+        if not trainer.is_global_zero:
+            return
+        if self.replaced is not None:
+            self.replaced.remove()
+        self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Into both places."""
-        with replacing(Path(trainer.default_root_dir) / "config.yaml") as temporary:
+        with replacing(Path(trainer.default_root_dir) / CONFIG) as temporary:
             # as one file: in the other form jsonargparse writes the fields of a model as a torch.nn.Module of them
             self.parser.save(self.config, temporary, skip_none=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
@@ -104,6 +113,17 @@ class PEFTCLI(LightningCLI):
             "--peft", type=Method | list[Method] | None, default=None, help="Method(s), for example LoRA."
         )
         parser.add_argument("--test_after_fit", type=bool, default=False, help="Measure the best weights after fit.")
+        parser.add_argument(
+            "--output_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run. Relative dirpath, save_dir and path stand below it. If it holds a run, fit takes"
+            " the next free neighbour: DIR-2, DIR-3.",
+        )
+        parser.add_argument(
+            "--resume", action="store_true", help="fit: go on from the newest checkpoint in the folder."
+        )
+        parser.add_argument("--overwrite", action="store_true", help="fit: replace the run in the folder.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """What the parser does not report itself is the user's input all the same."""
@@ -126,6 +146,8 @@ class PEFTCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         if not hasattr(trainer, "get"):
             raise ConfigError(f"trainer: expected a mapping of options, got {trainer!r}.")
+        self._share_task()
+        self._settle_folder(trainer)
         path = self._get(self.config, "ckpt_path")
         if path == "best":
             raise PEFTError("--ckpt_path best: nothing was trained in this command; give the checkpoint's file.")
@@ -145,6 +167,73 @@ class PEFTCLI(LightningCLI):
                 self._take_classes(path)
         if "WandbLogger" in str(trainer.get("logger")):
             silence_wandb()
+
+    def _share_task(self) -> None:
+        """The data take the task of the model where the command names only that: they must be equal anyway."""
+        words = sys.argv[1:]
+        named = {part: _values(words, f"--{part}.task") + _values(words, f"--{part}.init_args.task") for part in _PARTS}
+        data = self._get(self.config, "data")
+        arguments = data.get("init_args") if data else None
+        if not named["model"] or named["data"] or not arguments or "task" not in arguments:
+            return
+        if named["model"][-1] in TextTask.__args__:
+            arguments.task = named["model"][-1]
+
+    def _settle_folder(self, trainer: Any) -> None:
+        """Choose the run's folder, put everything that is written below it, and find the checkpoint to go on from."""
+        config = self.config.get(self.subcommand) if self.subcommand else self.config
+        root = trainer.get("default_root_dir")
+        if config.output_dir is not None and root is not None and Path(root).resolve() != _resolved(config.output_dir):
+            raise ConfigError(
+                f"output_dir={config.output_dir} and trainer.default_root_dir={root} both name the run's folder: give"
+                " --output_dir, and leave default_root_dir out."
+            )
+        if self.subcommand != "fit" and (config.resume or config.overwrite):
+            raise ConfigError("--resume and --overwrite belong to fit.")
+        folder = config.output_dir or root
+        if self.subcommand == "fit" and folder is not None:
+            config.output_dir = self._choose(Path(folder).expanduser(), config)
+        if config.output_dir is None or not self.subcommand:
+            return
+        config.resume = config.overwrite = False  # of this call, not of the run
+        trainer.default_root_dir = None
+        self.save_config_kwargs = {**self.save_config_kwargs, "as_given": config.clone()}
+        put_below(trainer, Path(config.output_dir).expanduser())
+        trainer.default_root_dir = config.output_dir
+
+    def _choose(self, folder: Path, config: Any) -> str | None:
+        """The folder of this fit; None if the config does not use ``output_dir``."""
+        if config.resume and config.overwrite:
+            raise ConfigError("--resume goes on with a run and --overwrite replaces it: give one of them.")
+        if config.resume:
+            self._resume(folder, config)
+        if config.output_dir is None:
+            if config.overwrite:
+                raise ConfigError("--overwrite replaces the run in --output_dir: give it.")
+            return None
+        inside = config.ckpt_path and _resolved(config.ckpt_path).is_relative_to(folder.resolve())
+        if config.overwrite and inside:
+            raise ConfigError(f"--overwrite would remove --ckpt_path {config.ckpt_path}. Leave one of them out.")
+        if config.overwrite and holds_run(folder):
+            self.save_config_kwargs = {**self.save_config_kwargs, "replaced": OldRun(folder)}
+        elif holds_run(folder) and not inside:
+            neighbour = free_neighbour(folder)
+            _say(
+                f"{near(folder)} holds a run already, so this one is written to {near(neighbour)}."
+                " (--overwrite replaces a run, --resume goes on with it.)"
+            )
+            folder = neighbour
+        return str(folder)
+
+    def _resume(self, folder: Path, config: Any) -> None:
+        """Take the newest checkpoint of the run's folder."""
+        if config.ckpt_path:
+            raise ConfigError("--resume finds the checkpoint by itself: leave --ckpt_path out, or --resume.")
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise ConfigError(f"--resume: there is no checkpoint below {folder}. Leave --resume out to start anew.")
+        config.ckpt_path = str(newest)
+        _say(f"Going on from {near(newest)}.")
 
     def _take_classes(self, path: str) -> None:
         """Let the model have the classes of the checkpoint, unless the user names some."""
@@ -176,12 +265,45 @@ class PEFTCLI(LightningCLI):
             callbacks = [Bar(), *callbacks]
         try:
             return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        except Exception as error:
+            if "No supported gpu backend found" not in str(error):
+                raise
+            raise PEFTError(
+                f"trainer.accelerator={config.get('accelerator')}: torch finds no GPU on this machine (No supported gpu"
+                " backend found). Train on what there is with --trainer.accelerator auto, or install a torch with CUDA."
+            ) from error
         except (TypeError, ValueError) as error:  # options that exclude each other, or do not fit this machine
             raise PEFTError(f"trainer: {error}") from error
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; of a fit that is cut short, say what was saved and how to go on."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if subcommand == "fit" and not self.trainer.fast_dev_run:
+                self.show_interruption()
+            if isinstance(error, every("utilities.exceptions.SIGTERMException")):
+                raise SystemExit(143) from error  # as a shell counts: 128 + the number of the signal
+            if isinstance(error, SystemExit) and self.trainer.interrupted:
+                raise SystemExit(130) from error
+            raise
+
+    def show_interruption(self) -> None:
+        """What is left of a fit that did not reach its end."""
+        stopped = self.trainer.interrupted and self.trainer.state.fn == "fit"
+        if not stopped or not self.trainer.global_step:
+            return
+        folder = Path(self.trainer.default_root_dir)
+        saved = newest_checkpoint(folder, since=self.began)
+        if saved is None:
+            _say(f"\nStopped at step {self.trainer.global_step:,}; nothing was saved.")
+            return
+        _say(f"\nStopped at step {self.trainer.global_step:,}. Saved: {near(saved)}. To go on:")
+        _say(f"  lightning-peft fit --resume --output_dir {near(folder)}")
+
     def before_fit(self) -> None:
-        """Start the clock."""
-        self.started = time.monotonic()
+        """Start the clocks."""
+        self.started, self.began = time.monotonic(), time.time()
 
     def after_fit(self) -> None:
         """Measure, write the adapter file, and say where everything is."""
@@ -199,14 +321,28 @@ class PEFTCLI(LightningCLI):
         finish(self.trainer, self.model, metrics, seconds, None if speed is None else float(speed))
 
 
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _resolved(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
 def run(words: list[str]) -> PEFTCLI:
     """Parse and run one of Lightning's commands."""
-    sys.argv = ["lightning-peft", *words]  # Lightning and the loggers show the command from here
+    # Lightning starts further processes with these words, and loggers show them. The program's own path stays.
+    sys.argv = [sys.argv[0], *words]
     full, guard = expand(words), nullcontext()
-    if words[0] in ("validate", "test", "predict") and not any(w.split("=")[0] in ("-c", "--config") for w in words):
-        file = _beside(words)
+    if not any(w.split("=")[0] in ("-c", "--config") for w in words):
+        file = None
+        if words[0] in ("validate", "test", "predict"):
+            file = _beside(words)
+        elif words[0] == "fit" and "--resume" in words:
+            file = _of_run(words)
         if file is not None:
-            full[1:1] = ["--config", read_found(file)]
+            full[1:1] = ["--config", read_found(file, loggers=words[0] == "fit")]
             guard = only_known_imports(_packages_named(words))
     with guard:
         return PEFTCLI(
@@ -219,6 +355,7 @@ def run(words: list[str]) -> PEFTCLI:
             parser_class=Parser,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "lightning-peft"},
             args=full,
         )
 
@@ -268,9 +405,7 @@ def _config(value: str) -> str:
 
 def _beside(words: list[str]) -> Path | None:
     """The config that fit wrote into the folder of the checkpoint or the one above; None without a checkpoint."""
-    joined = [w.split("=", 1)[1] for w in words if w.startswith("--ckpt_path=")]
-    apart = [b for a, b in pairwise(words) if a == "--ckpt_path"]
-    for path in (locate(p) for p in joined + apart):
+    for path in (locate(p) for p in _values(words, "--ckpt_path")):
         if not path.exists():
             read(path)  # says what is there
         for folder in (path.parent, path.parent.parent):
@@ -278,6 +413,21 @@ def _beside(words: list[str]) -> Path | None:
                 return folder / "config.yaml"
         raise PEFTError(f"No config.yaml lies beside {path}, where fit writes it; give --config FILE.")
     return None
+
+
+def _of_run(words: list[str]) -> Path | None:
+    """The config that fit wrote into ``--output_dir``; None without that option."""
+    for folder in (Path(value).expanduser() for value in _values(words, "--output_dir")):
+        if not (folder / CONFIG).is_file():
+            raise PEFTError(f"--resume: {folder} holds no {CONFIG}, where fit writes it; give --config FILE.")
+        return folder / CONFIG
+    return None
+
+
+def _values(words: list[str], option: str) -> list[str]:
+    """What is given for an option."""
+    joined = [word.split("=", 1)[1] for word in words if word.startswith(f"{option}=")]
+    return joined + [after for before, after in pairwise(words) if before == option]
 
 
 def _subclasses(kind: type) -> set[type]:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lightning_peft.callbacks import MergeOnFitEnd
 from lightning_peft.callbacks.best import best_adapter, best_path
+from lightning_peft.cli.folder import newest_checkpoint
 from lightning_peft.files import near, write_adapter
 from lightning_peft.lightning_packages import L
 from lightning_peft.summary import size, summarize
@@ -44,9 +45,9 @@ def finish(
 
 def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, str]]:
     rows = [("adapter", _file(adapter))]
-    checkpoint = best_path(trainer)
+    checkpoint = _checkpoint(trainer, folder)
     if checkpoint:
-        rows.append(("checkpoint", _file(Path(checkpoint))))
+        rows.append(("checkpoint", _file(checkpoint)))
     merged = next((c.dirpath for c in trainer.callbacks if isinstance(c, MergeOnFitEnd) and c.dirpath), None)
     if merged and Path(merged).is_dir():
         total = sum(f.stat().st_size for f in Path(merged).iterdir() if f.is_file())
@@ -62,12 +63,18 @@ def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, 
 
 
 def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> list[tuple[str, str]]:
-    checkpoint = best_path(trainer)
+    folder = Path(trainer.default_root_dir)
+    checkpoint = _checkpoint(trainer, folder)
     rows = []
     if checkpoint:
-        path = near(Path(checkpoint))
+        path = near(checkpoint)
         rows.append(("measure", f"lightning-peft test --ckpt_path {path}"))
         rows.append(("predict", f"lightning-peft predict --ckpt_path {path}"))
+    if newest_checkpoint(folder):
+        longer = f"--trainer.max_epochs {2 * (trainer.max_epochs or 1)}"
+        if trainer.max_steps > 0:
+            longer = f"--trainer.max_steps {2 * trainer.max_steps}"
+        rows.append(("train on", f"lightning-peft fit --resume --output_dir {near(folder)} {longer}"))
     rows.append(("swap in", f'lightning_peft.load_adapter(model, "{near(adapter)}")'))
     merged = next((text.split(" (")[0] for label, text in places if label == "merged model"), None)
     offline = next((text for label, text in places if label == "W&B, offline"), None)
@@ -76,6 +83,12 @@ def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> l
     if merged:
         rows.append(("plain", f'transformers.AutoModel….from_pretrained("{merged}")'))
     return rows
+
+
+def _checkpoint(trainer: L.Trainer, folder: Path) -> Path | None:
+    """The best checkpoint; where none was chosen by a metric, the newest."""
+    best = best_path(trainer)
+    return Path(best) if best else newest_checkpoint(folder)
 
 
 def _file(path: Path) -> str:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning_peft.data.labels import as_indices, as_names, need_column, vocabulary
+from lightning_peft.data.labels import as_indices, as_names, is_empty, need_column, vocabulary
 from lightning_peft.data.loaders import BatchLoader, LengthGroupedBatches
 from lightning_peft.data.sources import split_name
 from lightning_peft.data.splits import carve, choose, first_of_each, size_of, take
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 _SPLIT_FIELDS = {"train": "train_split", "validation": "val_split", "test": "test_split"}
 ROW = "_row"
+#: fewer rows than this cannot give one each to validation and test and leave some to learn from
+_FEWEST = 5
 
 
 class SplitDataModule(LightningDataModule, ABC):
@@ -228,11 +230,47 @@ class SplitDataModule(LightningDataModule, ABC):
         raw = {split: rows for split, rows in named.items() if rows is not None}
         if not raw:
             raise ConfigError(f"data={self.data!r} has the splits {', '.join(found)}; name one with train_split.")
-        self._raw = self._limited(self._split(raw))
+        raw = {split: self._checked(rows, split) for split, rows in raw.items()}
+        split_rows = self._limited(self._split(raw))
         if self.classifies and self.label_names is None:
-            split, rows = next(iter(self._raw.items()))
-            names = self._flat_names(rows, split)
-            self.label_names = _class_names(rows.features[self.label_column]) or vocabulary(names)
+            self.label_names = self._found_names(split_rows)
+        test = split_rows.get("test")
+        if self.classifies and test is not None and len(self._without_label(test)) < len(test):
+            self.encoded_labels(test, "test")  # an unknown label is found now, not when all is trained
+        self._raw = split_rows
+
+    def _found_names(self, split_rows: Mapping[str, Dataset]) -> list[str]:
+        """The classes of the training rows, or of the only rows there are."""
+        split, rows = next(iter(split_rows.items()))
+        typed = _class_names(rows.features[self.label_column])
+        return typed or vocabulary(self._flat_names(rows, split))
+
+    def _checked(self, rows: Dataset, split: str) -> Dataset:
+        """Rows of the source that can be used, in every split before any training; unlabelled ones left out if asked.
+
+        Raises:
+            ConfigError: a missing column, an unusable cell.
+        """
+        empty = self._without_label(rows)
+        unlabelled = len(empty) == len(rows)
+        if getattr(self, "drop_unlabelled", False) and empty and not unlabelled:
+            rank_zero_info(f"{len(empty):,} of {len(rows):,} {split} rows have no label and are left out.")
+            rows = take(rows, [i for i in range(len(rows)) if i not in empty])
+        self.check_rows(rows, split)
+        if self.classifies and not (split == "test" and unlabelled):
+            self._flat_names(rows, split)
+        return rows
+
+    def check_rows(self, rows: Dataset, split: str) -> None:
+        """Raise a `ConfigError` for rows of the source that cannot be used; a subclass knows which."""
+
+    def _without_label(self, rows: Dataset) -> set[int]:
+        """Places of the rows whose label is empty, or -1 in a column of typed classes."""
+        if self.label_column not in rows.column_names:
+            return set()
+        typed = _class_names(rows.features[self.label_column])
+        values = rows[self.label_column][:]
+        return {i for i, value in enumerate(values) if is_empty(value) or (typed and value == -1)}
 
     def _pick(self, found: Mapping[str, Dataset], split: str, name: str | None) -> Dataset | None:
         """The source's split that serves as ``split``: by its name, else by the usual ones."""
@@ -249,6 +287,11 @@ class SplitDataModule(LightningDataModule, ABC):
         if "train" not in raw or not any(size for split, size in asked.items() if split not in raw):
             return raw
         train = self._distinct(raw["train"])
+        if len(train) < _FEWEST and all(isinstance(size, float) for size in asked.values() if size):
+            raise ConfigError(
+                f"data={self.data!r} has {len(train)} different rows, too few to split off rows for validation and"
+                f" test. Give at least {_FEWEST}, or a file for each split, or numbers of rows (val_size=1)."
+            )
         fields = {"validation": "val_size", "test": "test_size"}
         sizes = {s: size_of(size, len(train), fields[s]) for s, size in asked.items() if size and s not in raw}
         by_class = self.classifies and not isinstance(train[0].get(self.label_column), list)

@@ -61,6 +61,15 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], dict) and "content" in value[0]
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a label is an empty cell, or no number.
+
+    >>> is_empty(None), is_empty(float("nan")), is_empty("no")
+    (True, True, False)
+    """
+    return value is None or value == "" or value != value
+
+
 def as_names(values: Sequence[Any], rows: Sequence[int], where: str, class_names: Sequence[str] | None) -> list[str]:
     """Each label as text; numbers of a ``ClassLabel`` become its names.
 
@@ -70,7 +79,15 @@ def as_names(values: Sequence[Any], rows: Sequence[int], where: str, class_names
     names = []
     for row, value in zip(rows, values, strict=True):
         if value is None or (class_names and isinstance(value, int) and value < 0):
-            raise ConfigError(f"{where}, row {row} (from 0): the label is {value!r}, which means none. Drop such rows.")
+            raise ConfigError(
+                f"{where}, row {row} (from 0): the label is {value!r}, which means none. Fill it in, or leave such rows"
+                " out: drop_unlabelled=True (--data.drop_unlabelled true)."
+            )
+        if isinstance(value, (list, dict)):
+            raise ConfigError(
+                f"{where}, row {row} (from 0): the label is {str(value)[:60]}, and a label is one name or number. For a"
+                " label a word take task='token-classification'; several labels a row are not supported."
+            )
         if class_names and isinstance(value, int):
             names.append(class_names[value])
         elif isinstance(value, float) and value.is_integer():

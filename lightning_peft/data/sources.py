@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import tempfile
@@ -150,7 +151,7 @@ def _table(files: Sequence[Path], load_kwargs: Mapping[str, Any] | None, cache_d
         if file.stat().st_size == 0:
             raise ConfigError(f"{file} is empty.")
     names = [str(file) for file in files]
-    options = {"sep": "\t"} if files[0].suffix.lower() == ".tsv" else {}
+    options = {"sep": _separator(files[0])} if kind == "csv" else {}
     options = {"data_files": {"train": names}, **options, **(load_kwargs or {})}
     # streaming reads the file without datasets' own copy in Arrow; what it writes all the same is a lock file
     with nullcontext(cache_dir) if cache_dir else tempfile.TemporaryDirectory() as place:
@@ -161,6 +162,19 @@ def _table(files: Sequence[Path], load_kwargs: Mapping[str, Any] | None, cache_d
     if not len(rows):
         raise ConfigError(f"{names[0]} has no rows.")
     return rows
+
+
+def _separator(file: Path) -> str:
+    """What stands between the columns of a table: a tab in .tsv; else what divides its first line most, or a comma.
+
+    The first line holds names, so unlike the rows it has few of these signs in texts.
+    """
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        header = lines.readline()
+    columns = {sign: len(next(csv.reader([header], delimiter=sign), [])) for sign in (",", ";", "\t", "|")}
+    return max(columns, key=lambda sign: columns[sign])
 
 
 def _load(kind: str, on_disk: bool, **options: Any) -> Dataset:
@@ -175,7 +189,9 @@ def _load(kind: str, on_disk: bool, **options: Any) -> Dataset:
     if not tables:
         return datasets.Dataset.from_dict({})
     info = datasets.DatasetInfo(features=rows.features) if rows.features else None
-    return datasets.Dataset(pa.concat_tables(tables, promote_options="permissive"), info=info)
+    # some releases of datasets (3.0 to 5.0) give one table a row, and a table of so many pieces takes all memory
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    return datasets.Dataset(table, info=info)
 
 
 def _why(error: Exception) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.base import ROW, SplitDataModule
 from lightning_peft.data.collate import Masking, TextCollator
-from lightning_peft.data.labels import as_numbers, need_column, need_text, need_values, need_words
+from lightning_peft.data.labels import as_names, as_numbers, need_column, need_text, need_values, need_words
 from lightning_peft.data.packing import pack, refuse_virtual_tokens
 from lightning_peft.data.sources import STANDARD_INPUT, read, read_lines
 from lightning_peft.data.tasks import CLASSES, CLOZE, UNLABELLED, TextTask, check_fields
@@ -60,6 +60,7 @@ class TextDataModule(SplitDataModule):
         val_size: rows of the validation split if the source has none: a fraction, or a count.
         test_size: the same for the test split, if the source has training rows only.
         drop_duplicates: drop exact duplicates before such a split, so that no test row was trained on.
+        drop_unlabelled: leave out rows whose label is empty; by default such a row is an error.
         train_split: the source's split to train on, if not called train.
         val_split: the same for validation, if not called validation, val, valid or dev.
         test_split: the same for test.
@@ -110,6 +111,7 @@ class TextDataModule(SplitDataModule):
         val_size: int | float = 0.1,
         test_size: int | float = 0.1,
         drop_duplicates: bool = True,
+        drop_unlabelled: bool = False,
         train_split: str | None = None,
         val_split: str | None = None,
         test_split: str | None = None,
@@ -194,7 +196,7 @@ class TextDataModule(SplitDataModule):
     def encode(self, rows: Dataset, split: str) -> Dataset:
         """Check columns, number the labels, tokenise."""
         predict = split == "predict"
-        used = self._need(rows, split)
+        used = self._need(rows, split) if predict else [name for name, _ in self._used(split)]
         keep: list[str] = []
         if predict:
             rows, keep = self._with_meta(rows), ["_id", "_text"]
@@ -217,12 +219,40 @@ class TextDataModule(SplitDataModule):
         done = tokenise(rows, encoder, keep, split, self.cache_dir)
         return pack(done, longest, split) if self.packing and not predict else done
 
-    def _need(self, rows: Dataset, split: str) -> list[str]:
-        """Columns that are read, all there and without empty cells."""
+    def check_rows(self, rows: Dataset, split: str) -> None:
+        """Texts and labels: the columns are there, and every cell can be read."""
+        self._need(rows, split)
+        if self.task in UNLABELLED:
+            return
+        columns = [name for name in rows.column_names if name != ROW]
+        need_column(self.label_column, columns, "label_column", f"The {split} data")
+        labels = rows[self.label_column][:]
+        if self.task == "regression":
+            as_numbers(labels, rows[ROW][:], split)
+        elif self.task != "token-classification" and isinstance(labels[0], list):
+            as_names(labels, rows[ROW][:], split, None)
+
+    def _found_names(self, split_rows: Mapping[str, Dataset]) -> list[str]:
+        """As for all data; one class for whole texts cannot be meant."""
+        names = super()._found_names(split_rows)
+        if len(names) == 1 and self.task != "token-classification":
+            raise ConfigError(
+                f"All rows have the label {names[0]!r} (label_column={self.label_column!r}), so there is nothing to"
+                " tell apart. Choose another column, or name all classes with label_names."
+            )
+        return names
+
+    def _used(self, split: str) -> list[tuple[str, str]]:
+        """Columns that are read, and the field that names each."""
         field = "template" if self.template else "prompt_column" if self.prompt_column else "text_column"
         used = [(name, field) for name in self._columns]
         used += [(self.text_pair_column, "text_pair_column")] if self.text_pair_column else []
         used += [(self.answer_column, "answer_column")] if self.answer_column and split != "predict" else []
+        return used
+
+    def _need(self, rows: Dataset, split: str) -> list[str]:
+        """Columns that are read, all there and without empty cells."""
+        used = self._used(split)
         for name, field in used:
             need_column(name, rows.column_names, field, f"The {split} data")
             values, numbers = rows[name][:], rows[ROW][:]

@@ -143,7 +143,10 @@ WRONG = [
     (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
     (["--ckpt_path", "/nope.ckpt"], "/nope.ckpt does not exist"),
     (["--trainer.callbacks+=PEFT"], "Both --peft and a PEFT callback"),
-    (["--trainer.accelerator", "gpu"], "No supported gpu backend found"),
+    (
+        ["--trainer.accelerator", "gpu"],
+        "trainer.accelerator=gpu: torch finds no GPU on this machine (No supported gpu backend found). Train on what",
+    ),
 ]
 
 
@@ -181,6 +184,10 @@ def test_quick_answers(capsys):
     piped = f"set -o pipefail; {sys.executable} -m lightning_peft methods | sleep 0"
     assert subprocess.run(["bash", "-c", piped], capture_output=True).stderr == b""
     assert main(["fitt"]) == 2 and "unknown command 'fitt'. Did you mean fit?" in capsys.readouterr().err
+    for word, meant in (("trian", "fit"), ("Comapre", "compare"), ("mehtods", "methods")):
+        assert main([word]) == 2
+        known = "Commands: fit, validate, test, predict, compare, methods, inspect, export, merge."
+        assert f"unknown command {word!r}. Did you mean {meant}? {known}" in capsys.readouterr().err
     assert main(["test", "--ckpt_path", "nope.ckpt"]) == 2
     assert "nope.ckpt does not exist" in capsys.readouterr().err
 
@@ -190,7 +197,7 @@ def test_a_fit_that_fails_leaves_the_config_of_the_last_one(quickstart, monkeypa
     saved, adapter = Path("runs/quickstart/config.yaml"), "runs/quickstart/adapter.safetensors"
     before = saved.read_text()
     command = ["fit", "--config", "quickstart.yaml", *SMALL, "--trainer.logger", "false"]
-    assert main([*command, "--model.task", "causal-lm"]) == 2 and saved.read_text() == before
+    assert main([*command, "--data.task", "causal-lm"]) == 2 and saved.read_text() == before
     assert main([*command, "--ckpt_path", adapter]) == 2
     assert f"--trainer.callbacks.init_from {adapter}" in capsys.readouterr().err
 

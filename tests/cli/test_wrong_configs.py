@@ -81,7 +81,7 @@ FLAGS = [
     ("--model torch.nn.Linear", "model: torch.nn.Linear is no LightningModule."),
     ("--model.taks x", "TaskModule has no option 'taks'. Did you mean task? It has: model, task, "),
     ("--model.task sequence-clasification", "is unknown; did you mean 'sequence-classification'? Tasks: "),
-    ("--model.task causal-lm", "The model has task='causal-lm', the data module task='sequence-classification'; make"),
+    ("--data.task causal-lm", "The model has task='sequence-classification', the data module task='causal-lm'; make"),
     ("--model.lr fast", "model.lr: expected float or nothing, got 'fast'."),
     ("--model.lr -1", "lr=-1.0: give a learning rate above 0, for example 2e-4."),
     ("--model.weight_decay -1", "weight_decay=-1.0: give at least 0."),

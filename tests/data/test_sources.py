@@ -209,6 +209,27 @@ BAD = {
     "template column": ({"template": "{body} and"}, r"no column 'body' \(template='body'\)"),
     "empty cell": ({"data": "{dir}/hole.csv"}, r"row 1 \(from 0\): column 'text' is empty"),
     "no label": ({"data": "{dir}/nolabel.csv"}, r"row 2 \(from 0\): the label is None"),
+    "wrong columns": (
+        {"data": "{dir}/good.csv", "text_column": "body", "val_size": 0.2},
+        r"The train data has no column 'body' \(text_column='body'\). Columns: text, label, n",
+    ),
+    "labels that are lists": (
+        {"data": "{dir}/lists.jsonl"},
+        r"train, row 0 \(from 0\): the label is \['a', 'b'\], and a label is one name or number",
+    ),
+    "one class": ({"data": "{dir}/same.csv"}, r"All rows have the label 'neg' .* nothing to tell apart"),
+    "three rows": (
+        {"data": "{dir}/few.csv", "val_size": 0.1, "test_size": 0.1},
+        r"few.csv' has 3 different rows, too few to split off rows for validation and test. Give at least",
+    ),
+    "bad test row": (
+        {"data": {"train": "{dir}/good.csv", "test": "{dir}/hole.csv"}},
+        r"test, row 1 \(from 0\): column 'text' is empty",
+    ),
+    "bad test label": (
+        {"data": {"train": "{dir}/good.csv", "test": "{dir}/new.csv"}},
+        r"test, row 4 .*label 'new' is not one of",
+    ),
     "foreign label": (
         {"label_names": ["neg", "other"]},
         r"train, row 1 \(from 0\): label 'pos' is not one of the labels: 'neg', 'other'",
@@ -256,6 +277,9 @@ def test_one_clear_error(tmp_path, encoder_tokenizer, decoder_tokenizer, name, m
     write_csv(tmp_path / "nolabel.csv", [rows[0], rows[1], {**rows[2], "label": ""}])
     (tmp_path / "header.csv").write_text("text,label\n")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"\nnothing')
+    write_csv(tmp_path / "same.csv", [{**row, "label": "neg"} for row in rows])
+    write_csv(tmp_path / "few.csv", rows[:3])
+    write_jsonl(tmp_path / "lists.jsonl", [{**row, "label": ["a", "b"]} for row in rows])
     chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     write_jsonl(tmp_path / "chat.jsonl", [{**row, "chat": chat, "answer": chat[1]} for row in rows])
     for file in ("empty.csv", "a.xyz"):
@@ -278,6 +302,34 @@ def test_one_clear_error(tmp_path, encoder_tokenizer, decoder_tokenizer, name, m
         list(data.train_dataloader())
     assert error.type is ConfigError
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_a_table_is_read_by_the_sign_that_divides_its_header(sign, tmp_path):
+    (tmp_path / "a.csv").write_text(f'text{sign}label\none, two, three{sign}yes\n"four{sign} five"{sign}no\n')
+    assert read(str(tmp_path / "a.csv"))["train"].to_list() == [
+        {"text": "one, two, three", "label": "yes"},
+        {"text": f"four{sign} five", "label": "no"},
+    ]
+
+
+def test_a_table_is_one_piece_however_datasets_hands_out_its_rows(tmp_path, monkeypatch):
+    """Releases 3.0 to 5.0 of datasets hand out a table for each row."""
+    monkeypatch.setattr("lightning_peft.data.sources._CHUNK", 1)
+    rows = read(write_csv(tmp_path / "a.csv", rows_of(30)))["train"]
+    assert len(rows) == 30 and all(column.num_chunks == 1 for column in rows.data.table.columns)
+
+
+def test_rows_without_a_label_are_left_out_if_asked(tmp_path, encoder_tokenizer, said):
+    rows = rows_of(10)
+    path = write_csv(tmp_path / "a.csv", [rows[0], {**rows[1], "label": ""}, *rows[2:]])
+    options = {"tokenizer": encoder_tokenizer, "val_size": 0, "test_size": 0}
+    with pytest.raises(ConfigError, match=r"row 1 \(from 0\): the label is None.* drop_unlabelled=True"):
+        TextDataModule(path, **options).setup("fit")
+    data = TextDataModule(path, drop_unlabelled=True, **options)
+    data.setup("fit")
+    assert said == ["1 of 10 train rows have no label and are left out."] and data.label_names == ["neg", "pos"]
+    assert sum(len(batch["labels"]) for batch in data.train_dataloader()) == 9
 
 
 @pytest.mark.parametrize(
