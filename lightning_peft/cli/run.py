@@ -266,13 +266,15 @@ class PEFTCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
         except Exception as error:
-            if "No supported gpu backend found" not in str(error):
+            if "No supported gpu backend found" in str(error):
+                raise PEFTError(
+                    f"trainer.accelerator={config.get('accelerator')}: torch finds no GPU on this machine (No supported"
+                    " gpu backend found). Train on what there is with --trainer.accelerator auto, or install a torch"
+                    " with CUDA."
+                ) from error
+            if not isinstance(error, (TypeError, ValueError)):
                 raise
-            raise PEFTError(
-                f"trainer.accelerator={config.get('accelerator')}: torch finds no GPU on this machine (No supported gpu"
-                " backend found). Train on what there is with --trainer.accelerator auto, or install a torch with CUDA."
-            ) from error
-        except (TypeError, ValueError) as error:  # options that exclude each other, or do not fit this machine
+            # options that exclude each other, or do not fit this machine
             raise PEFTError(f"trainer: {error}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
