@@ -19,9 +19,14 @@ def printable(text: str) -> str:
     return "".join(letters)
 
 
+#: letters of a message; where one is cut, its end with the way out stays
+_LONGEST = 2000
+
+
 def _one_line(text: str) -> str:
-    """Messages have one line; a name in them may have several."""
-    return printable(" ".join(text.split("\n")).replace("\t", " "))
+    """Messages have one line; a name in them may have several, and be of any length."""
+    line = printable(" ".join(text.split("\n")).replace("\t", " "))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
 
 
 class PEFTError(Exception):

@@ -20,6 +20,8 @@ ADAPTER = "adapter.safetensors"
 def locate(path: str | os.PathLike) -> Path:
     """A path as given, or a file inside an installed package: ``pkg://PACKAGE/SUB/PATH`` (found, not imported)."""
     text = os.fspath(path)
+    if not _can_be_a_path(text):
+        raise PEFTError(f"{text[:60]!r}… is no path: a part of it is longer, or of other letters, than names can be.")
     if not text.startswith("pkg://"):
         return Path(text).expanduser()
     package, _, rest = text.removeprefix("pkg://").partition("/")
@@ -55,6 +57,15 @@ def held(path: Path) -> Iterator[Path]:
         except OSError:
             leads_here = False
         yield link if leads_here else path
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Whether the system could have a file of this name; asking it about any other is an error of its own."""
+    try:
+        parts = os.fsencode(text).split(os.fsencode(os.sep))
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in b"".join(parts) and max(map(len, parts)) <= 255 and len(text) < 4000
 
 
 def size(count: float) -> str:

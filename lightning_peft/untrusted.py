@@ -77,8 +77,8 @@ def without_code(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {key: without_code(part) for key, part in value.items() if not _chooses_code(key, value[key])}
-    if isinstance(value, (list, tuple)):
-        return type(value)(without_code(part) for part in value) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):  # and no named tuple, as torch.Size is one
+        return type(value)(without_code(part) for part in value)
     return value
 
 
@@ -90,6 +90,8 @@ def without_places(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {key: without_places(part) for key, part in value.items() if key not in PLACE_OPTIONS}
+    if isinstance(value, list):
+        return [without_places(part) for part in value]
     return value
 
 
@@ -176,7 +178,7 @@ def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name, None)
-    except ImportError:
+    except Exception:  # there is no such module, or it needs something that is not here
         return None
 
 
@@ -189,9 +191,11 @@ def _is_of_a_known_kind(found: type) -> bool:
     """Whether it is a module, an optimizer, a callback, ...; and not one whose purpose is to call functions."""
     bases = set()
     for base in found.__mro__:
-        package = base.__module__.split(".")[0]
-        bases.add(f"{'lightning' if package == 'pytorch_lightning' else package}.{base.__name__}")
-    return bool(bases & _BASES) and found.__name__ not in _CALLERS
+        if base.__name__ in _CALLERS:
+            return False
+        package = base.__module__.split(".")[0].replace("pytorch_lightning", "lightning")
+        bases.add(f"{package}.{base.__name__}")
+    return bool(bases & _BASES)
 
 
 def check_function(path: Any, where: str, way_out: str) -> None:

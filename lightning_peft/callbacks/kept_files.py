@@ -57,8 +57,9 @@ def _settled(callback: Any, state: Any, resumed: Any) -> dict[str, Any]:
                 callback,
                 f"names {short(repr(path), 200)}, which is no checkpoint in its folder {short(repr(old), 200)}",
             )
+    state = _with_worst(callback, state)
     if old == new:
-        return dict(state)
+        return state
     if not _is_remote(old) and not _is_remote(new) and _resolved(old) == _resolved(new):
         return _renamed(state, old, new)
     best = state["best_model_path"]
@@ -81,6 +82,18 @@ def _check_form(callback: Any, state: Any) -> None:
         broken.append("kth_best_model_path")
     if broken:
         raise _refusal(callback, f"is damaged ({', '.join(dict.fromkeys(broken))})")
+
+
+def _with_worst(callback: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state that names the worst of the best checkpoints, which Lightning replaces first.
+
+    A state without it has room for more. A callback that keeps fewer now has no room, and would look for a name.
+    """
+    scores = state.get("best_k_models", {})
+    if state.get("kth_best_model_path") or not scores or not 0 < callback.save_top_k <= len(scores):
+        return dict(state)
+    worst = (max if callback.mode == "min" else min)(scores, key=lambda path: float(scores[path]))
+    return {**state, "kth_best_model_path": worst, "kth_value": scores[worst]}
 
 
 def _is_score(value: Any, or_none: bool = False) -> bool:

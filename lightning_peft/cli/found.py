@@ -75,7 +75,7 @@ def _refuse_further_files(config: Mapping[str, Any], file: Path) -> None:
             waiting += value.items()
         elif isinstance(value, list):
             waiting += [(key, part) for part in value]
-        elif isinstance(value, str) and key not in PLACES and Path(value).is_file():
+        elif isinstance(value, str) and key not in PLACES and os.path.isfile(value):
             raise CheckpointError(f"{file}: {key}={short(repr(value), 120)} names a further file. {_way_out(file)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
 import sys
 import time
@@ -370,7 +371,7 @@ def _packages_named(words: list[str]) -> list[str]:
         option, value = (option, value) if equals else (before, word)
         is_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", value) is not None
         # the name of a file reads like an import path, and the sender has chosen it
-        if is_path and not option.startswith("--ckpt_path") and not Path(value).exists():
+        if is_path and not option.startswith("--ckpt_path") and not os.path.exists(value):
             found.append(value.split(".")[0])
     return [name for name in found if name != "jsonargparse"]
 
@@ -388,7 +389,7 @@ def expand(words: list[str]) -> list[str]:
 
 
 def _config(value: str) -> str:
-    if Path(value).exists():
+    if os.path.exists(value):
         return value
     short = value.removeprefix("configs/")
     place = next((str(folder / short) for folder in SHIPPED if (folder / short).is_file()), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +37,7 @@ def is_function(name: Any) -> bool:
     """
     if not isinstance(name, str) or "." not in name or not all(part.isidentifier() for part in name.split(".")):
         return False
-    return not Path(name).exists()
+    return not os.path.exists(name)
 
 
 def from_function(name: str) -> dict[str, Dataset]:

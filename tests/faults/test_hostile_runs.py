@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as L
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 
 from lightning_peft import (
@@ -152,6 +154,31 @@ def test_the_configuration_of_peft_brings_no_code(tmp_path):
     fresh = torch.nn.Sequential(torch.nn.Linear(4, 4))
     fresh.load_state_dict({k.replace("base.", ""): v for k, v in net.state_dict().items() if "delta" not in k})
     import_peft(fresh, tmp_path)
+
+
+def test_a_base_with_an_adapter_in_its_folder_is_refused(run, tmp_path):
+    """transformers would load both with peft, which imports a module that the adapter's configuration names."""
+    fields = {k: v for k, v in run.model.items() if k != "model_type"}
+    transformers.BertForSequenceClassification(transformers.BertConfig(**fields)).save_pretrained(tmp_path)
+    net = transformers.BertForSequenceClassification.from_pretrained(tmp_path)
+    adapted = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["query"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(tmp_path), "megatron_core": "megatron_evil", "megatron_config": {"a": 1}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copy(tmp_path / "adapter" / "adapter_model.safetensors", tmp_path)
+    shutil.copy(run.place / f"{EVIL}.py", run.place / "megatron_evil.py")
+    module = TaskModule(str(tmp_path), CASE.task, label_names=NAMES)
+    with pytest.raises(ConfigError, match=r"holds an adapter of peft .* Give the folder or hub id of the base"):
+        module.configure_model()
+    assert nothing_ran(run) and "megatron_evil" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["é" * 300, "a\0b", "\ud800", "x/" * 3000])
+def test_names_that_no_file_can_have(name):
+    for load in (TaskModule.load_from_checkpoint, lambda p: load_adapter(torch.nn.Linear(2, 2), p), read):
+        with pytest.raises(PEFTError, match="is no path: a part of it"):
+            load(name)
 
 
 ODD = "a\u202egnp.exe\x1b[2J\x07"

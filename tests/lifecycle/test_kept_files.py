@@ -157,6 +157,14 @@ def test_a_run_reached_by_a_link_goes_on(first, tmp_path, recwarn):
     assert not [w for w in recwarn if "dirpath has changed" in str(w.message)]
 
 
+def test_a_run_that_keeps_fewer_checkpoints_goes_on(tmp_path):
+    """Lightning names the worst of the best only when it has as many as it may keep."""
+    first = fit(tmp_path / "run", 2, save_top_k=3)
+    assert len(first.best_k_models) == 2 and not first.kth_best_model_path
+    keeper = fit(tmp_path / "run", 3, first.last_model_path, save_top_k=1)
+    assert keeper.best_model_path == str(tmp_path / "run" / "epoch=2.ckpt")
+
+
 def test_links_among_checkpoints_stay(tmp_path):
     """With save_last="link" the last checkpoint is a link to another one, which must not be taken for it."""
     keeper = fit(tmp_path / "run", 2, save_last="link", save_top_k=2)
