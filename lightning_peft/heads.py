@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_peft.adapted import Delta, base_class
 from lightning_peft.errors import NoMatchError
-from lightning_peft.match import candidates, matcher
+from lightning_peft.match import aliases, candidates, matcher
 
 #: set on modules that our own code added to a loaded model: their values come from no checkpoint
 NEW = "_lightning_peft_new"
+#: numbers of classes of torchvision's own weights: ImageNet, Kinetics, and what is segmented in COCO
+_TORCHVISION_CLASSES = (1000, 400, 21)
 
 
 def head_names(model: nn.Module) -> set[str]:
@@ -45,14 +49,19 @@ def head_names(model: nn.Module) -> set[str]:
 
 def resolve_modules(root: nn.Module, patterns: list[str], prefix: str = "") -> list[str]:
     """Names of modules meant by ``modules_to_save``; every pattern must match."""
-    modules, names = candidates(root), []
+    modules, other_names = candidates(root), aliases(root)
+    names: list[str] = []
     for pattern in patterns:
         test = matcher(pattern)
-        hit = [n for n in modules if test(n) or (prefix and test(prefix + n))]
-        if not hit:
+        matched = []
+        for name in modules:
+            known_as = [name, *other_names.get(name, ())]
+            if any(test(n) or (prefix and test(prefix + n)) for n in known_as):
+                matched.append(name)
+        if not matched:
             top = ", ".join(n for n, _ in root.named_children()) or "none"
             raise NoMatchError(f"modules_to_save={pattern!r} matched no module. The top modules here are: {top}.")
-        names += hit
+        names += matched
     return list(dict.fromkeys(names))
 
 
@@ -69,6 +78,48 @@ def new_modules(root: nn.Module) -> list[str]:
         if module.__dict__.get(NEW) or (unfilled and _within_pretrained(root, name)):
             fresh.append(name)
     return fresh
+
+
+def unmarked_heads(root: nn.Module) -> list[str]:
+    """Output layers of timm and torchvision models that no pretrained weights have filled.
+
+    These packages leave no mark on what they load. But an output layer is new if it has another number of classes than
+    the package's own weights, or if it is all zeros.
+    """
+    found = []
+    for model_name, model in root.named_modules():
+        for place, known_sizes in _output_places(model):
+            layer_name, weight = _last_weight(model.get_submodule(place), place)
+            if weight is None or weight.is_meta:
+                continue
+            if weight.shape[0] not in known_sizes or not bool(weight.detach().any()):
+                found.append(f"{model_name}.{layer_name}" if model_name else layer_name)
+    return found
+
+
+def _output_places(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    """Where a model of timm or torchvision has its output layer, and how many classes its package's weights have."""
+    children = dict(model.named_children())
+    settings = model.__dict__.get("pretrained_cfg")  # timm's
+    if isinstance(settings, Mapping) and settings.get("classifier") and settings.get("num_classes"):
+        named = settings["classifier"]
+        places = [named] if isinstance(named, str) else list(named)
+        return [(place, (settings["num_classes"],)) for place in places if place.split(".")[0] in children]
+    if base_class(model).__module__.startswith("torchvision.models."):
+        return [(place, _TORCHVISION_CLASSES) for place in ("fc", "classifier", "head", "heads") if place in children]
+    return []
+
+
+def _last_weight(module: nn.Module, name: str) -> tuple[str, nn.Parameter | None]:
+    """Name and weight of the last layer in a module that maps to classes."""
+    found: tuple[str, nn.Parameter | None] = (name, None)
+    for layer_name, layer in module.named_modules(prefix=name):
+        if isinstance(layer, Delta):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.ndim >= 2:
+            found = (layer_name, weight)
+    return found
 
 
 def _warn_of_lost_marks(root: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, CorrectedWeights, Delta, base_tensor
 from lightning_peft.fingerprint import logical_shape
+from lightning_peft.heads import unmarked_heads
 from lightning_peft.lowrank import stacked
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method
@@ -24,11 +25,12 @@ def summarize(model: nn.Module) -> dict[str, Any]:
         ``methods`` (name and fields), ``trainable``, ``total`` (adapters included) and ``percent``,
         ``adapter_bytes`` (what a checkpoint holds) and ``base_bytes``, ``targets``: a row for each kind of adapted
         module with ``name`` (layer numbers as ``*``), ``modules``, ``parameters`` and ``bytes``,
-        ``saved_modules`` and ``new_modules`` (trained in full), ``frozen``: the top modules in which nothing trains,
-        with their sizes, ``frozen_experts``: those of them that are stacked experts, with the methods that could adapt
-        them, ``corrected_weights``: how many modules are corrected at their weights, and how many ``bytes`` of
-        corrected copies a training step keeps until its backward pass (DoRA twice as many), and ``fingerprint`` of the
-        base.
+        ``saved_modules`` and ``new_modules`` (trained in full), ``untrained_heads``: new output layers of timm and
+        torchvision models, which are not trained unless they are named, ``frozen``: the top modules in which nothing
+        trains, with their sizes, ``frozen_experts``: those of them that are stacked experts, with the methods that
+        could adapt them, ``corrected_weights``: how many modules are corrected at their weights, and how many
+        ``bytes`` of corrected copies a training step keeps until its backward pass (DoRA twice as many), and
+        ``fingerprint`` of the base.
 
     >>> from torch import nn
     >>> from lightning_peft import LoRA, inject, summarize
@@ -58,6 +60,7 @@ def summarize(model: nn.Module) -> dict[str, Any]:
         "targets": _rows(trainable),
         "saved_modules": list(injection.saved),
         "new_modules": list(injection.new),
+        "untrained_heads": [name for name in unmarked_heads(root) if f"{name}.weight" not in trainable],
         "frozen": frozen + [row for row in experts if row["name"] not in {part["name"] for part in frozen}],
         "frozen_experts": experts,
         "corrected_weights": _corrected_weights(root),
@@ -98,6 +101,9 @@ def describe(model: nn.Module) -> str:
     lines += [f"  {_short(t['name']):<{width}}  {t['modules']:>7} {t['parameters']:>12,}" for t in s["targets"]]
     if s["new_modules"]:
         lines.append(f"  new, trained in full: {', '.join(s['new_modules'])}")
+    if s["untrained_heads"]:
+        lines.append(f"  new, and not trained: {', '.join(s['untrained_heads'])}")
+        lines.append(f"    modules_to_save={s['untrained_heads']} trains it in full")
     if count := s["corrected_weights"]["modules"]:
         copies = f"{count} modules, copies" if count > 1 else "1 module, a copy"
         lines.append(

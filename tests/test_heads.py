@@ -1,7 +1,11 @@
 """New heads train and are named; nothing else is guessed."""
 
+import copy
+
+import pytest
 import torch
 import transformers
+from torch import nn
 
 from lightning_peft import (
     LoRA,
@@ -54,7 +58,50 @@ def test_a_loaded_head_is_not_guessed(tmp_path):
 
 
 def test_a_target_that_trains_in_full_needs_no_adapter():
-    import pytest
-
     with pytest.raises(NoMatchError, match="trains in full already"):
         inject(minilm(), LoRA(target_modules="classifier"))
+
+
+class Timm(nn.Module):
+    """As timm builds a network: it notes which weights it knows, and where the classifier is."""
+
+    def __init__(self, classes, classifier="head"):
+        super().__init__()
+        self.pretrained_cfg = {"num_classes": 10, "classifier": classifier}
+        self.body, self.head = nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, classes))
+
+
+class Torchvision(nn.Module):
+    """As torchvision builds a network: it notes nothing."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.classifier = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, classes))
+
+
+Torchvision.__module__ = "torchvision.models.vgg"
+
+
+@pytest.mark.parametrize(
+    ("network", "head"),
+    [(Timm(3), "head.1"), (Timm(3, ["head.1"]), "head.1"), (Torchvision(3), "classifier.2")],
+)
+def test_new_heads_of_timm_and_torchvision_are_named(network, head):
+    """They are not marked, so they are not trained unasked; the table says so, also where they have an adapter."""
+    for targets in ("body", "all-linear"):
+        model = copy.deepcopy(network)
+        inject(model, LoRA(r=2, target_modules=targets))
+        assert summarize(model)["untrained_heads"] == [head]
+        lines = describe(model).splitlines()
+        assert f"  new, and not trained: {head}" in lines
+        assert f"    modules_to_save=['{head}'] trains it in full" in lines
+    inject(network, LoRA(r=2, target_modules="body", modules_to_save=head))
+    assert summarize(network)["untrained_heads"] == []
+
+
+def test_a_head_of_the_usual_size_is_new_only_if_it_is_zero():
+    for network, head in ((Timm(10), "head.1"), (Torchvision(1000), "classifier.2")):
+        inject(network, LoRA(r=2, target_modules="body"))
+        assert summarize(network)["untrained_heads"] == []
+        nn.init.zeros_(network.get_submodule(head).weight)
+        assert summarize(network)["untrained_heads"] == [head]

@@ -8,6 +8,7 @@ import shlex
 
 import lightning.pytorch as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_peft.cli import main
@@ -78,6 +79,14 @@ def example(root, name: str):
 def test_plain_loop(root, tmp_path):
     before, after = example(root, "plain_loop").main(str(tmp_path / "a.safetensors"))
     assert after < 0.1 < before
+
+
+def test_fabric_loop(root, tmp_path):
+    """The file holds the adapter and its optimizer's two moments, and the run goes on from it exactly."""
+    loss, equal, share = example(root, "fabric_loop").main(str(tmp_path))
+    assert loss < 0.6 and equal and share < 0.15
+    content = torch.load(tmp_path / "step30.ckpt", weights_only=True)
+    assert len(content["model"]) == 6 and all(".delta." in name for name in content["model"])
 
 
 @pytest.mark.slow

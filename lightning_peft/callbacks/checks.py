@@ -101,6 +101,18 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         )
 
 
+def check_loss(pl_module: L.LightningModule, loss: object) -> None:
+    """Something that trains must take part in the loss; torch would speak of "element 0 of tensors"."""
+    if not isinstance(loss, torch.Tensor) or loss.requires_grad:
+        return
+    names = trainable_names(pl_module)
+    raise TrainingError(
+        f"The loss does not depend on any of the {len(names)} trained tensors ({', '.join(names[:3])}, …): their layers"
+        " take no part in it, or are cut off by detach() or no_grad. Adapt layers that the loss comes from, with"
+        " target_modules, or train such a layer in full, with modules_to_save."
+    )
+
+
 def check_rates(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """A method whose groups have learning rates in some ratio (LoRA+) must find that ratio in the optimizer."""
     if flattens(trainer):

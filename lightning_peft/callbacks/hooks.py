@@ -85,17 +85,35 @@ def _unmerged(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
 
 
 def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:
-    """Frozen weights may be missing, adapter tensors may not; weight averaging puts a prefix before the names."""
+    """Frozen weights may be missing, adapter tensors may not.
+
+    A tensor that the module knows under several names is there if it is there under one of them.
+    """
     if find(module) is None:
         return
-    needed = set(required_names(module))
-    kept = [k for k in incompatible.missing_keys if _tails(k) & needed]
-    incompatible.missing_keys[:] = kept
+    tensors = _tensors_by_every_name(module)
+    needed = {id(tensors[name]) for name in required_names(module)}
+    missing = {key: _name_in(tensors, key) for key in incompatible.missing_keys}
+    missing_names = set(missing.values())
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing_names}
+    lost = needed - loaded
+    incompatible.missing_keys[:] = [key for key, name in missing.items() if name and id(tensors[name]) in lost]
 
 
-def _tails(name: str) -> set[str]:
-    parts = unwrapped(name).split(".")
-    return {".".join(parts[i:]) for i in range(len(parts))}
+def _tensors_by_every_name(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, those of a module with several names under each of them."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {unwrapped(name): tensor for name, tensor in named}
+
+
+def _name_in(tensors: Mapping[str, torch.Tensor], key: str) -> str | None:
+    """A tensor's name in the module, by its key in a state dict: weight averaging puts a prefix before the names."""
+    parts = unwrapped(key).split(".")
+    for start in range(len(parts)):
+        name = ".".join(parts[start:])
+        if name in tensors:
+            return name
+    return None
 
 
 def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

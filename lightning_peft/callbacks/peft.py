@@ -10,6 +10,7 @@ import torch
 
 from lightning_peft.callbacks.checkpoint_io import use_safe_files
 from lightning_peft.callbacks.checks import (
+    check_loss,
     check_not_adapted,
     check_nothing_new,
     check_optimizers,
@@ -103,8 +104,9 @@ class PEFT(Callback):
             check_not_adapted(pl_module)
             trainer.precision_plugin.convert_module(pl_module)
         if deferred:
-            pl_module.__dict__["_peft_pending"] = (self, stage, pl_module.__dict__.get("configure_model"))
-            pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
+            # WeightAveraging calls configure_model in its own setup, Lightning once more after that.
+            averages = any(isinstance(c, every("callbacks.WeightAveraging")) for c in trainer.callbacks)
+            _defer(pl_module, self, stage, calls=2 if averages and stage == "fit" else 1)
         else:
             self.ensure(pl_module, stage)
 
@@ -141,6 +143,7 @@ class PEFT(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what trains, and make sure that it does."""
+        _drop_pending(pl_module)  # if configure_model was called less often than expected
         check_nothing_new(pl_module)
         check_methods(trainer, pl_module)
         check_sharding(trainer, pl_module)
@@ -167,6 +170,10 @@ class PEFT(Callback):
         """Frozen normalisation layers keep their statistics, whatever mode the module was put into."""
         for module in self._frozen:
             module.training = False
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        """A loss that no trained tensor takes part in is an error."""
+        check_loss(pl_module, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the gradients of the methods' loss terms, scaled as Lightning has scaled the loss.
@@ -240,9 +247,15 @@ class PEFT(Callback):
             )
 
 
+def _defer(pl_module: L.LightningModule, callback: PEFT, stage: str, calls: int) -> None:
+    """Let the next calls of ``configure_model`` inject at their end: each may build the network anew."""
+    pl_module.__dict__["_peft_pending"] = (callback, stage, pl_module.__dict__.get("configure_model"), calls)
+    pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
+
+
 def _configure_and_inject(self: L.LightningModule) -> None:
-    """Stands in for ``configure_model`` until it has run once (no ``__wrapped__``: Lightning would look through it)."""
-    callback, stage, _ = self.__dict__["_peft_pending"]
+    """Stands in for ``configure_model`` (no ``__wrapped__``: Lightning would look through it)."""
+    callback, stage, _, calls = self.__dict__["_peft_pending"]
     _drop_pending(self)
     self.__dict__["_peft_now"] = (callback, stage)
     try:
@@ -251,6 +264,8 @@ def _configure_and_inject(self: L.LightningModule) -> None:
     finally:
         del self.__dict__["_peft_now"]
     callback.ensure(self, stage)
+    if calls > 1:
+        _defer(self, callback, stage, calls - 1)
 
 
 def inject_now(pl_module: L.LightningModule) -> None:

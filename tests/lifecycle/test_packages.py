@@ -194,3 +194,50 @@ print([type(callback).__name__ for callback in run.trainer.callbacks][:2], run.m
 @pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
 def test_the_command_line_of_either_package_takes_our_callbacks(name, tmp_path):
     assert python(COMMAND, name, tmp_path).splitlines()[-1] == "['PEFT', 'MergeOnFitEnd'] 2"
+
+
+WRITE = """
+import sys
+from importlib import import_module
+name, folder = sys.argv[1:]
+L = import_module(name)
+cli = import_module(f"{name}.cli")
+import torch
+from lightning_peft import PEFT, LoRA, TaskModule
+
+saver = L.callbacks.ModelCheckpoint(folder, filename="a")
+quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "max_epochs": 1}
+model = '{"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}'
+arguments = [f"--model.model={model}", "--model.task=sequence-classification", "--model.num_labels=2"]
+arguments += ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=0.5"]
+arguments += [f"--model.lr_scheduler={name}.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor=train_loss_epoch"]
+run = cli.LightningCLI(
+    TaskModule,
+    run=False,
+    save_config_callback=None,
+    auto_configure_optimizers=False,
+    trainer_defaults={**quiet, "callbacks": [PEFT(LoRA(r=2)), saver]},
+    args=arguments,
+)
+batch = {"input_ids": torch.arange(32).view(4, 8), "labels": torch.tensor([0, 1, 0, 1])}
+run.trainer.fit(run.model, torch.utils.data.DataLoader([batch] * 2, batch_size=None))
+"""
+READ = """
+import sys
+name, folder = sys.argv[1:]
+__import__(name)
+from lightning_peft import TaskModule, adapter_state_dict
+module = TaskModule.load_from_checkpoint(f"{folder}/a.ckpt")
+factory = module.scheduler_factory
+optimizer = module.optimizer_factory([p for p in module.parameters() if p.requires_grad])
+print(len(adapter_state_dict(module)), type(optimizer).__name__, type(factory(optimizer)).__module__)
+"""
+
+
+@pytest.mark.parametrize("writer", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_file_of_one_package_is_read_with_the_other(writer, tmp_path):
+    """Its hyper-parameters name the function that builds the module, and classes, by the names of its own package."""
+    reader = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning": "lightning.pytorch"}[writer]
+    python(WRITE, writer, tmp_path)
+    count, optimizer, scheduler = python(READ, reader, tmp_path).split()
+    assert int(count) > 4 and optimizer == "SGD" and scheduler == f"{reader}.cli"
