@@ -21,7 +21,8 @@ def locate(path: str | os.PathLike) -> Path:
     """A path as given, or a file inside an installed package: ``pkg://PACKAGE/SUB/PATH`` (found, not imported)."""
     text = os.fspath(path)
     if not _can_be_a_path(text):
-        raise PEFTError(f"{text[:60]!r}… is no path: a part of it is longer, or of other letters, than names can be.")
+        text = f"{text[:60]!r}… does not exist: a part of it is longer, or of other letters, than names can be."
+        raise MissingFileError(errno.ENAMETOOLONG, text)
     if not text.startswith("pkg://"):
         return Path(text).expanduser()
     package, _, rest = text.removeprefix("pkg://").partition("/")
