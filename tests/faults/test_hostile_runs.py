@@ -177,7 +177,7 @@ def test_a_base_with_an_adapter_in_its_folder_is_refused(run, tmp_path):
 @pytest.mark.parametrize("name", ["é" * 300, "a\0b", "\ud800", "x/" * 3000])
 def test_names_that_no_file_can_have(name):
     for load in (TaskModule.load_from_checkpoint, lambda p: load_adapter(torch.nn.Linear(2, 2), p), read):
-        with pytest.raises(PEFTError, match="is no path: a part of it"):
+        with pytest.raises(PEFTError, match="is no path: it has letters|does not exist"):
             load(name)
 
 
