@@ -72,7 +72,7 @@ def check_target(target: Path, root: nn.Module) -> None:
     if target.is_file():
         raise PEFTError(f"{target} is a file; give a folder.")
     # transformers looks for an adapter first, and takes the base from where that came
-    if hasattr(root, "save_pretrained") and (target / "adapter_config.json").exists():
+    if hasattr(root, "save_pretrained") and os.path.exists(target / "adapter_config.json"):
         raise PEFTError(
             f"{target} holds an adapter for peft (adapter_config.json), and from_pretrained would load that onto the"
             " merged model. Give another folder."

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -157,8 +157,18 @@ def _optimizers(values: dict[str, Any], index: Any) -> list[dict[str, Any]]:
     return states
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the data classes of an index."""
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Knows the data classes of an index. Written in Python, as that of C cannot be told to leave classes alone."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def load_build(self) -> None:
+        """Give an object its state; a pickle could also give one to a class, for the whole process."""
+        if isinstance(self.stack[-2], type) or callable(self.stack[-2]):
+            raise pickle.UnpicklingError("it changes a class or a function")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         """A class by name, if it is one of those."""

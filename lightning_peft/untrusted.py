@@ -29,6 +29,8 @@ CODE_OPTIONS = frozenset(
         "weights_only",
     }
 )
+#: those of them that mean nothing else anywhere
+_REMOTE_CODE = frozenset({"trust_remote_code", "code_revision", "auto_map"})
 #: options that name an implementation; one with a slash in its name is compiled code from the hub
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 #: options of ``from_pretrained`` that name a folder to write to
@@ -53,6 +55,7 @@ _BASES = {
 _CALLERS = ("LambdaCallback", "ScriptModule", "RecursiveScriptModule", "RemoteModule")
 #: functions that a file may name: those that compute with tensors, and the data of a shipped example
 _FUNCTIONS = re.compile(r"torch\.nn\.functional\.[a-z_0-9]+|sklearn\.datasets\.load_digits")
+_DTYPES = re.compile(r"torch\.[a-z]*(float|int|bool|complex|half|double|long)[a-z0-9_]*")
 #: where a class is looked for that is named without its package
 _SHORT = (
     *("lightning_peft", "lightning.pytorch.callbacks", "lightning.pytorch.loggers", "lightning.pytorch.strategies"),
@@ -69,16 +72,25 @@ _CALLING_PATHS = (
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 
 
-def without_code(value: Any) -> Any:
+def without_code(value: Any, options: frozenset[str] | None = None) -> Any:
     """A copy of plain values without the options that choose code.
+
+    Args:
+        value: plain values.
+        options: names of the options; None for all that a library of ours knows.
 
     >>> without_code({"dtype": "float16", "deep": [{"trust_remote_code": True, "n": 1}]})
     {'dtype': 'float16', 'deep': [{'n': 1}]}
     """
     if isinstance(value, Mapping):
-        return {key: without_code(part) for key, part in value.items() if not _chooses_code(key, value[key])}
+        kept = {}
+        for key, part in value.items():
+            dropped = _chooses_code(key, part) if options is None else key in options
+            if not dropped:
+                kept[key] = without_code(part, options)
+        return kept
     if type(value) in (list, tuple):  # and no named tuple, as torch.Size is one
-        return type(value)(without_code(part) for part in value)
+        return type(value)([without_code(part, options) for part in value])
     return value
 
 
@@ -108,9 +120,16 @@ def settle_parameters(content: Any) -> None:
             continue
         if not isinstance(content[key], Mapping) or not all(isinstance(name, str) for name in content[key]):
             raise ValueError(f"its {key} are no arguments by name")
-        content[key] = without_code(content[key])
+        check_extent(content[key])
+        arguments = {name: value for name, value in content[key].items() if name not in _REMOTE_CODE}
+        content[key] = {name: _settled(name, value) for name, value in arguments.items()}
     if not isinstance(content.get("hparams_type"), str):  # Lightning would call anything else
         content.pop("hparams_type", None)
+
+
+def _settled(name: str, value: Any) -> Any:
+    """One constructor argument. A class of the user's own may call its arguments as it likes."""
+    return without_code(value, None if name in ("model", "model_kwargs") else _REMOTE_CODE)
 
 
 def _chooses_code(key: Any, value: Any) -> bool:
@@ -150,6 +169,8 @@ def _reads_as_known(path: Any) -> bool:
     """Whether the text of a path begins with a known package and goes on with names."""
     parts = path.split(".") if isinstance(path, str) else []
     if len(parts) < 2 or parts[0] not in PACKAGES:
+        return False
+    if any(f"{path}.".startswith(f"{calling}.") for calling in _CALLING_PATHS):
         return False
     root = under_imported_name(path).split(".")[0]
     if root not in sys.modules and not _is_installed(root):
@@ -222,17 +243,51 @@ def with_known_classes(value: Any, where: str, way_out: str, place: str = "") ->
     """
     if isinstance(value, (list, tuple)):
         return [with_known_classes(part, where, way_out, _below(place, number)) for number, part in enumerate(value)]
+    if isinstance(value, str) and _names_a_function(value):
+        # wherever a class takes a function, jsonargparse would import it
+        raise CheckpointError(
+            f"{where}: {short(_below(place, value), 200)} is an import path. Of functions, a file may name those of"
+            f" torch.nn.functional only, because others could run code. {way_out}"
+        )
     if not isinstance(value, Mapping):
         return value
     for key in value:
         # jsonargparse takes "a.class_path" for the class_path of a
         if isinstance(key, str) and "." in key and set(key.split(".")) & _SPEC:
             raise CheckpointError(f"{where}: {short(_below(place, key))} is no plain name. {way_out}")
-    copied = {k: with_known_classes(part, where, way_out, _below(place, k)) for k, part in value.items()}
+    copied = {}
+    for key, part in value.items():
+        is_path = key == "class_path"  # looked at below, together with its arguments
+        copied[key] = part if is_path else with_known_classes(part, where, way_out, _below(place, key))
     if "class_path" in value:
         kind = _class_of(value, where, way_out, place)
         copied["class_path"] = f"{kind.__module__}.{kind.__qualname__}"
     return copied
+
+
+def _names_a_function(text: str) -> bool:
+    """Whether a text is an import path into a known package, and of nothing that can be harmless."""
+    if not _reads_as_known(text) or _FUNCTIONS.fullmatch(text) or _DTYPES.fullmatch(text):
+        return False
+    return not isinstance(_imported(text), type)
+
+
+def check_extent(value: Any, most: int = 200_000) -> None:
+    """Refuse plain values with very many parts, or parts inside themselves: a short file can say both.
+
+    Raises:
+        ValueError: there are more than ``most`` parts.
+    """
+    waiting, count = [value], 0
+    while waiting:
+        part = waiting.pop()
+        count += 1
+        if count > most:
+            raise ValueError(f"it has more than {most} values")
+        if isinstance(part, Mapping):
+            waiting += part.values()
+        elif isinstance(part, (list, tuple)):
+            waiting += part
 
 
 def _class_of(spec: Mapping[str, Any], where: str, way_out: str, place: str) -> type:

@@ -116,6 +116,9 @@ def is_inside(path: str, folder: str) -> bool:
     >>> is_inside("run/a.ckpt", "run"), is_inside("run/../a.ckpt", "run"), is_inside("run", "run")
     (True, False, False)
     """
+    # Lightning opens paths with fsspec, which takes `~` for the home folder and `file:` for a kind of address
+    if path.startswith("~") or (":" in path.split("/")[0] and "://" not in path):
+        return False
     if _is_remote(path) or _is_remote(folder):
         start = folder.rstrip("/") + "/"
         return path.startswith(start) and not {"", ".", ".."} & set(path[len(start) :].split("/"))

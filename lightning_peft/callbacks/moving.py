@@ -149,7 +149,7 @@ class Loader:
         """What a file holds, or a folder of shards but for the values of its tensors."""
         if is_folder(path):
             return read_rest(path) | {"state_dict": shapes(path)}
-        if not path.exists():
+        if not os.path.exists(path):
             raise missing(path)
         if not path.is_file():
             raise CheckpointError(f"{path} is neither a checkpoint file nor a folder of shards.")

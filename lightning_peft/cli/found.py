@@ -18,7 +18,7 @@ from jsonargparse import get_loader
 from lightning_peft.cli.configs import check_config
 from lightning_peft.cli.folder import PLACES
 from lightning_peft.errors import CheckpointError
-from lightning_peft.untrusted import short, with_known_classes, without_code, without_places
+from lightning_peft.untrusted import check_extent, short, with_known_classes, without_code, without_places
 
 #: the parts that are taken; others, as ``weights_only``, belong to the call
 _PARTS = ("seed_everything", "peft", "model", "data", "trainer", "test_after_fit")
@@ -39,6 +39,10 @@ def read_found(file: Path, *, loggers: bool) -> str:
         found = get_loader("yaml")(file.read_text(encoding="utf-8"))
     except Exception as error:  # YAML of any content
         raise CheckpointError(f"{file} cannot be read: {short(error)}") from None
+    try:
+        check_extent(found)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}. {_way_out(file)}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} is no config: it should be a mapping of options. {_way_out(file)}")
     config = {part: found[part] for part in _PARTS if found.get(part) is not None}

@@ -409,7 +409,7 @@ def _config(value: str) -> str:
 def _beside(words: list[str]) -> Path | None:
     """The config that fit wrote into the folder of the checkpoint or the one above; None without a checkpoint."""
     for path in (locate(p) for p in _values(words, "--ckpt_path")):
-        if not path.exists():
+        if not os.path.exists(path):
             read(path)  # says what is there
         for folder in (path.parent, path.parent.parent):
             if (folder / "config.yaml").is_file():

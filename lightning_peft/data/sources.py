@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
 from lightning_peft.lightning_packages import rank_zero_info
+from lightning_peft.paths import missing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -119,7 +120,11 @@ def _path(data: str) -> Path | None:
         place = locate(data)
     except PEFTError as error:
         raise ConfigError(str(error)) from None
-    if place.exists():
+    try:
+        exists = place.exists()
+    except OSError as error:  # a name that is too long for any file
+        raise missing(place) from error
+    if exists:
         return place
     local = "://" in data or data.startswith(("/", "./", "../", "~")) or data.count("/") > 1
     if local or place.suffix.lower() in KINDS:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
+import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -32,11 +35,13 @@ from lightning_peft import (
     load_adapter,
     load_from_checkpoint,
 )
+from lightning_peft.callbacks.kept_files import is_inside
 from lightning_peft.checkpoint import section
 from lightning_peft.cli import main
 from lightning_peft.data.sources import read
+from lightning_peft.folders import _Unpickler
 from lightning_peft.formats.folder import read_folder
-from lightning_peft.untrusted import known_class
+from lightning_peft.untrusted import check_extent, known_class, settle_parameters, with_known_classes
 from tests.faults.hostile_runs import CASE, CONFIGS, EVIL, MODEL, PARAMETERS, Run, with_config, with_parameters
 from tests.task_cases import NAMES
 
@@ -93,7 +98,7 @@ def test_hyper_parameters_choose_no_code_of_a_reload(run, tmp_path, name):
         ("class_path_of_the_optimizer", "optimizer names 'evil_module.Optimizer'."),
         ("class_path_of_anything", "tokenizer names 'evil_module.Loss'."),
         ("class_path_of_the_module", "the class names 'evil_module.Module'."),
-        ("callable_behind_a_torch_path", "optimizer names 'torch.serialization.os.system'."),
+        ("callable_behind_a_torch_path", "torch.serialization.os.system"),
         ("instantiator", "names the function 'evil_module.function' to build the module with, which is not called"),
     ],
 )
@@ -177,7 +182,7 @@ def test_a_base_with_an_adapter_in_its_folder_is_refused(run, tmp_path):
 @pytest.mark.parametrize("name", ["é" * 300, "a\0b", "\ud800", "x/" * 3000])
 def test_names_that_no_file_can_have(name):
     for load in (TaskModule.load_from_checkpoint, lambda p: load_adapter(torch.nn.Linear(2, 2), p), read):
-        with pytest.raises(PEFTError, match="is no path: it has letters|does not exist"):
+        with pytest.raises(PEFTError, match=r"is no path: it has letters|does not exist"):
             load(name)
 
 
@@ -384,3 +389,60 @@ def test_a_folder_with_an_adapter_and_a_config_in_a_fresh_process(run, tmp_path,
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for place in (folder, folder / "adapter.safetensors"):
         assert "error" not in alone(run, verb, place, tmp_path / f"out{place.suffix}")
+
+
+OWN_COMMAND = """
+model:
+  loss:
+    class_path: torchmetrics.metric.CompositionalMetric
+    init_args:
+      operator: transformers.testing_utils.run_command
+      metric_a: 1.0
+      metric_b: 1.0
+"""
+
+
+def test_a_file_names_no_function(tmp_path):
+    """Wherever a class takes a function, an import path in a file is refused; types of numbers are none."""
+    found = yaml.safe_load(OWN_COMMAND)
+    with pytest.raises(CheckpointError, match=r"run_command is an import path"):
+        with_known_classes(found, "config.yaml", "Give it yourself.")
+    kept = {"model": {"dtype": "torch.bfloat16", "loss": "torch.nn.functional.cross_entropy"}}
+    assert with_known_classes(kept, "config.yaml", "Give it yourself.") == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]",
+        "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
+        "c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\n"
+        "e: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e,*e,*e]",
+    ],
+)
+def test_values_without_end_are_refused(text):
+    with pytest.raises(ValueError, match="more than 200000 values"):
+        check_extent(yaml.safe_load(text))
+
+
+def test_an_index_changes_no_class(tmp_path):
+    """A pickle may give a state to an object, but not to a class, where it would hold for the whole process."""
+    before = pathlib.PosixPath.resolve
+    data = b"\x80\x02cpathlib\nPosixPath\n(N}U\x07resolvecpathlib\nPosixPath\nstb."
+    with pytest.raises(pickle.UnpicklingError, match="changes a class"):
+        _Unpickler(io.BytesIO(data)).load()
+    assert pathlib.PosixPath.resolve is before
+
+
+def test_paths_that_mean_the_home_folder_are_outside():
+    assert not is_inside("~/thesis.ckpt", ".") and not is_inside("file:/etc/passwd", ".")
+    assert is_inside("run/a.ckpt", "run") and is_inside("s3://bucket/run/a.ckpt", "s3://bucket/run")
+
+
+def test_a_class_of_the_users_own_keeps_its_arguments():
+    content = {"hyper_parameters": {"kernel_config": {"scale": 10}, "use_kernels": True, "auto_map": {"A": "b--c.D"}}}
+    settle_parameters(content)
+    assert content["hyper_parameters"] == {"kernel_config": {"scale": 10}, "use_kernels": True}
+    content = {"hyper_parameters": {"model_kwargs": {"use_kernels": True, "dtype": "float16"}}}
+    settle_parameters(content)
+    assert content["hyper_parameters"] == {"model_kwargs": {"dtype": "float16"}}
