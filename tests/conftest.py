@@ -22,6 +22,11 @@ def _own_port(monkeypatch):
     """Distributed tests of two workers must not choose one port; below the range that the system hands out itself."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     monkeypatch.setenv("MASTER_PORT", str(20000 + 2000 * worker + next(_ports) % 2000))
+    yield
+    # A Trainer that ran processes in this test has left its rank here. The next one that starts processes would take
+    # itself for one of them, and wait for the others for ever.
+    for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
