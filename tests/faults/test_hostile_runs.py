@@ -98,7 +98,7 @@ def test_hyper_parameters_choose_no_code_of_a_reload(run, tmp_path, name):
         ("class_path_of_the_optimizer", "optimizer names 'evil_module.Optimizer'."),
         ("class_path_of_anything", "tokenizer names 'evil_module.Loss'."),
         ("class_path_of_the_module", "the class names 'evil_module.Module'."),
-        ("callable_behind_a_torch_path", "loss.torch.utils.data.dataloader.os.system is "),
+        ("callable_behind_a_torch_path", "torch.utils.data.dataloader.os.system"),
         ("instantiator", "names the function 'evil_module.function' to build the module with, which is not called"),
     ],
 )
