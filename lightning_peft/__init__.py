@@ -40,10 +40,10 @@ _HOME = {
         "LogAdapter",
         "PredictionWriter",
         "AdapterDrop",
-        "FSDPWrapPolicy",
         "inject_now",
     ),
-    "lightning_peft.reload": ("load_from_checkpoint",),
+    "lightning_peft.trainer.strategies": ("FSDPWrapPolicy",),
+    "lightning_peft.trainer.reload": ("load_from_checkpoint",),
     "lightning_peft.data": ("TextDataModule", "ImageDataModule", "AudioDataModule"),
     "lightning_peft.module": ("TaskModule",),
 }
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import (
         PEFT,
         AdapterDrop,
-        FSDPWrapPolicy,
         LogAdapter,
         MergeOnFitEnd,
         PredictionWriter,
@@ -84,10 +83,11 @@ if TYPE_CHECKING:
     from lightning_peft.methods import *  # noqa: F403
     from lightning_peft.methods.adapter_fusion import fusion_weights
     from lightning_peft.module import TaskModule
-    from lightning_peft.reload import load_from_checkpoint
     from lightning_peft.summary import describe, summarize
     from lightning_peft.switching import disabled
     from lightning_peft.trainable import state_names, trainable_names
+    from lightning_peft.trainer.reload import load_from_checkpoint
+    from lightning_peft.trainer.strategies import FSDPWrapPolicy
 
 
 def __getattr__(name: str) -> Any:

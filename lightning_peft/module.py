@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.callbacks.hooks import install
 from lightning_peft.callbacks.peft import PEFT
 from lightning_peft.checkpoint import inject_from
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import SECTION
 from lightning_peft.lightning_packages import L, LightningModule, every, rank_zero_info, restricted_classmethod
-from lightning_peft.reload import rebuild
 from lightning_peft.task.batches import check_labels
 from lightning_peft.task.hyperparameters import check, numbered, package_of_cli, plain_options, tidy, unstorable
 from lightning_peft.task.kinds import find_task
@@ -30,6 +28,8 @@ from lightning_peft.task.optimization import build_optimizer, linear_schedule
 from lightning_peft.task.predictions import predict
 from lightning_peft.task.speed import Speed
 from lightning_peft.trainable import find
+from lightning_peft.trainer.hooks import install
+from lightning_peft.trainer.reload import rebuild
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable

@@ -6,5 +6,4 @@ from lightning_peft.callbacks.merge import MergeOnFitEnd as MergeOnFitEnd
 from lightning_peft.callbacks.peft import PEFT as PEFT
 from lightning_peft.callbacks.peft import inject_now as inject_now
 from lightning_peft.callbacks.prediction_writer import PredictionWriter as PredictionWriter
-from lightning_peft.callbacks.strategies import FSDPWrapPolicy as FSDPWrapPolicy
 from lightning_peft.callbacks.trainability import TrainabilityCheck as TrainabilityCheck

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.bottleneck.placement import adapter_layers, drop_layers
-from lightning_peft.callbacks.strategies import runs_under
 from lightning_peft.errors import ConfigError, TrainingError
 from lightning_peft.lightning_packages import Callback
+from lightning_peft.trainer.strategies import runs_under
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_peft.callbacks.best import best_adapter, best_path
-from lightning_peft.callbacks.strategies import readable
 from lightning_peft.files import ADAPTER, write_adapter
 from lightning_peft.formats.card import card
 from lightning_peft.lightning_packages import Callback, every, rank_zero_warn
 from lightning_peft.replacing import replacing
 from lightning_peft.summary import summarize
+from lightning_peft.trainer.best import best_adapter, best_path
+from lightning_peft.trainer.strategies import readable
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

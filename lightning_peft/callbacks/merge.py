@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_peft.callbacks.best import best_path
 from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.callbacks.strategies import loads_late, readable
 from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.export import check_target, float_base, save_merged
@@ -16,6 +14,8 @@ from lightning_peft.lightning_packages import Callback, rank_zero_info, rank_zer
 from lightning_peft.merging import merge, obstacle, packed_obstacle
 from lightning_peft.method import Method
 from lightning_peft.trainable import find, require
+from lightning_peft.trainer.best import best_path
+from lightning_peft.trainer.strategies import loads_late, readable
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

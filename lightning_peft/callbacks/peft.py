@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_peft.callbacks.checkpoint_io import use_safe_files
-from lightning_peft.callbacks.checks import (
+from lightning_peft.checkpoint import load_adapter, withdraw
+from lightning_peft.errors import ConfigError, PEFTError, TrainingError
+from lightning_peft.hollow import inject_hollow, is_hollow
+from lightning_peft.injection import as_methods, inject
+from lightning_peft.lightning_packages import Callback, every, is_overridden, package_of, rank_zero_info
+from lightning_peft.method import Method
+from lightning_peft.summary import describe, keep_sizes
+from lightning_peft.switching import is_complete, settle_flags, switch
+from lightning_peft.trainable import find, frozen_statistics, require
+from lightning_peft.trainer.checkpoint_io import use_safe_files
+from lightning_peft.trainer.checks import (
     check_loss,
     check_not_adapted,
     check_nothing_new,
@@ -17,10 +26,10 @@ from lightning_peft.callbacks.checks import (
     check_present,
     check_rates,
 )
-from lightning_peft.callbacks.driving import Transfer, add_loss_terms, change_gradients, step_taken
-from lightning_peft.callbacks.hooks import check_base, install, settle_optimizers
-from lightning_peft.callbacks.moving import Loader
-from lightning_peft.callbacks.strategies import (
+from lightning_peft.trainer.driving import Transfer, add_loss_terms, change_gradients, step_taken
+from lightning_peft.trainer.hooks import check_base, install, settle_optimizers
+from lightning_peft.trainer.moving import Loader
+from lightning_peft.trainer.strategies import (
     check_methods,
     check_sharding,
     check_strategy,
@@ -31,15 +40,6 @@ from lightning_peft.callbacks.strategies import (
     readable,
     warn_of_children,
 )
-from lightning_peft.checkpoint import load_adapter, withdraw
-from lightning_peft.errors import ConfigError, PEFTError, TrainingError
-from lightning_peft.hollow import inject_hollow, is_hollow
-from lightning_peft.injection import as_methods, inject
-from lightning_peft.lightning_packages import Callback, every, is_overridden, package_of, rank_zero_info
-from lightning_peft.method import Method
-from lightning_peft.summary import describe, keep_sizes
-from lightning_peft.switching import is_complete, settle_flags, switch
-from lightning_peft.trainable import find, frozen_statistics, require
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

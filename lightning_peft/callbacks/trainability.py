@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.callbacks.strategies import readable
 from lightning_peft.errors import TrainingError
 from lightning_peft.lightning_packages import Callback, rank_zero_warn
 from lightning_peft.match import candidates, matcher
 from lightning_peft.sharding import named_parameters, plain_name, whole
 from lightning_peft.trainable import adapted_modules, find, trainable_names
+from lightning_peft.trainer.strategies import readable
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

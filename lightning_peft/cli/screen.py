@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from lightning_peft.callbacks import MergeOnFitEnd
-from lightning_peft.callbacks.best import best_adapter, best_path
 from lightning_peft.cli.folder import newest_checkpoint
 from lightning_peft.files import near, write_adapter
 from lightning_peft.lightning_packages import L
 from lightning_peft.summary import size, summarize
+from lightning_peft.trainer.best import best_adapter, best_path
 
 
 def finish(

@@ -19,8 +19,8 @@ from lightning_peft.lightning_packages import (
     rank_zero_info,
     restricted_classmethod,
 )
-from lightning_peft.reload import rebuild
 from lightning_peft.requirements import require_package
+from lightning_peft.trainer.reload import rebuild
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from lightning_peft import import_peft, load_adapter, load_from_checkpoint
-from lightning_peft.callbacks.checkpoint_io import SafeCheckpointIO
 from lightning_peft.cli.peek import peek
+from lightning_peft.trainer.checkpoint_io import SafeCheckpointIO
 from tests.faults import workload
 from tests.faults.kill import quiet, uniform
 from tests.faults.workload import WORK, Net

@@ -35,12 +35,12 @@ from lightning_peft import (
     load_adapter,
     load_from_checkpoint,
 )
-from lightning_peft.callbacks.kept_files import is_inside
 from lightning_peft.checkpoint import section
 from lightning_peft.cli import main
 from lightning_peft.data.sources import read
 from lightning_peft.folders import _Unpickler
 from lightning_peft.formats.folder import read_folder
+from lightning_peft.trainer.kept_files import is_inside
 from lightning_peft.untrusted import check_extent, known_class, settle_parameters, with_known_classes
 from tests.faults.hostile_runs import CASE, CONFIGS, EVIL, MODEL, PARAMETERS, Run, with_config, with_parameters
 from tests.task_cases import NAMES

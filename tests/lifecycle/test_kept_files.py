@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_peft import PEFT, CheckpointError, LoRA
-from lightning_peft.callbacks.kept_files import is_inside
+from lightning_peft.trainer.kept_files import is_inside
 from tests.faults.workload import Net, rows
 from tests.models import trainer
 

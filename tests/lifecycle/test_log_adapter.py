@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_peft import IA3, PEFT, LogAdapter, LoRA, load_adapter, summarize
-from lightning_peft.callbacks.best import best_adapter
 from lightning_peft.callbacks.log_adapter import record, write_folder
+from lightning_peft.trainer.best import best_adapter
 from tests.models import Foreign, bert, loader, logits, trainer
 
 

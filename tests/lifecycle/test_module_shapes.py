@@ -20,7 +20,7 @@ from lightning_peft import (
     load_from_checkpoint,
     trainable_names,
 )
-from lightning_peft.callbacks.hooks import install
+from lightning_peft.trainer.hooks import install
 from tests.contract.battery import same
 from tests.models import plain_loader, trainer
 

@@ -24,8 +24,8 @@ from lightning_peft import (
     load_adapter,
     load_from_checkpoint,
 )
-from lightning_peft.callbacks.moving import fit_to
-from lightning_peft.callbacks.strategies import check_methods
+from lightning_peft.trainer.moving import fit_to
+from lightning_peft.trainer.strategies import check_methods
 from tests.contract.battery import same
 from tests.models import Foreign, Plain, bert, loader, plain_loader, trainer
 
@@ -36,7 +36,7 @@ class Unheard(SingleDeviceStrategy):
 
 def test_unknown_strategies(tmp_path, monkeypatch):
     """Refused, unless allowed; relatives of known ones pass."""
-    monkeypatch.setattr("lightning_peft.callbacks.strategies.KNOWN", ("DeepSpeedStrategy",))
+    monkeypatch.setattr("lightning_peft.trainer.strategies.KNOWN", ("DeepSpeedStrategy",))
     run = trainer(tmp_path, PEFT(LoRA()), strategy=Unheard("cpu"))
     with pytest.raises(TrainingError, match=r"Unheard is not among .*PEFT\(\.\.\., allow_untested=True\)"):
         run.fit(Plain(), plain_loader())

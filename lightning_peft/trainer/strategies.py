@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.callbacks.best import best_path
 from lightning_peft.errors import TrainingError
 from lightning_peft.lightning_packages import every, rank_zero_warn
 from lightning_peft.method import Method
 from lightning_peft.sharding import named_parameters, sharded
 from lightning_peft.trainable import adapted_modules, require, state_names, trainable_names
+from lightning_peft.trainer.best import best_path
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

@@ -13,10 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_peft.callbacks.kept_files import settle_kept_files
-from lightning_peft.callbacks.moving import by_position, fit_optimizers, optimizer_names
-from lightning_peft.callbacks.resuming import check_states, take_resume
-from lightning_peft.callbacks.strategies import filters_itself, flattens, loads_late
 from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
@@ -27,6 +23,10 @@ from lightning_peft.lightning_packages import LightningDataModule, every, rank_z
 from lightning_peft.sharding import unwrapped
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
+from lightning_peft.trainer.kept_files import settle_kept_files
+from lightning_peft.trainer.moving import by_position, fit_optimizers, optimizer_names
+from lightning_peft.trainer.resuming import check_states, take_resume
+from lightning_peft.trainer.strategies import filters_itself, flattens, loads_late
 from lightning_peft.verify import other_base, verify, verify_section
 
 if TYPE_CHECKING:

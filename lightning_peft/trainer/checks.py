@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_peft.adapted import Adapted, is_bypassed
-from lightning_peft.callbacks.strategies import flattens, has_optimizers
 from lightning_peft.errors import TrainingError
 from lightning_peft.lightning_packages import rank_zero_warn
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import named_parameters, unwrapped
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, find, require, trainable_names
+from lightning_peft.trainer.strategies import flattens, has_optimizers
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

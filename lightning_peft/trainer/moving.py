@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.callbacks.strategies import flattens, has_optimizers, loads_late, runs_under
 from lightning_peft.checkpoint import fitting, make_way, reroot
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, load_checkpoint, split
@@ -27,6 +26,7 @@ from lightning_peft.sharding import plain_name, sharded, write
 from lightning_peft.sharding import split as shard
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import find, model_tensors, require
+from lightning_peft.trainer.strategies import flattens, has_optimizers, loads_late, runs_under
 
 if TYPE_CHECKING:
     import lightning.pytorch as L

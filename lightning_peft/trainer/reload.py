@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_peft.callbacks.hooks import install
 from lightning_peft.checkpoint import adapter_state_dict, fitting_whole, inject_from, load_adapter, make_way
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import load_checkpoint, locate, read
@@ -21,6 +20,7 @@ from lightning_peft.folders import as_file
 from lightning_peft.lightning_packages import every, fabric_module, package_of_class, why_unknown
 from lightning_peft.requirements import require_package
 from lightning_peft.trainable import find
+from lightning_peft.trainer.hooks import install
 from lightning_peft.untrusted import (
     check_functions,
     known_class,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_peft.callbacks.strategies import loads_late
 from lightning_peft.errors import CheckpointError
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import require, trainable_names
+from lightning_peft.trainer.strategies import loads_late
 from lightning_peft.untrusted import short
 
 if TYPE_CHECKING:

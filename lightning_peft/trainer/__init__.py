@@ -1,0 +1,1 @@
+"""What Lightning needs: a session on the module, checkpoints of every strategy, optimizer states, reloading."""
