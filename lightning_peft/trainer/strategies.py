@@ -11,6 +11,7 @@ from lightning_peft.errors import TrainingError
 from lightning_peft.lightning_packages import every, rank_zero_warn
 from lightning_peft.method import Method
 from lightning_peft.sharding import named_parameters, sharded
+from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, require, state_names, trainable_names
 from lightning_peft.trainer.best import best_path
 
@@ -102,9 +103,15 @@ def readable(trainer: L.Trainer) -> bool:
     return not runs_under(trainer, "FSDPStrategy", "DeepSpeedStrategy")
 
 
-def in_children(trainer: L.Trainer) -> bool:
-    """Whether training goes on in child processes and the module of the parent stays as it was."""
-    return isinstance(trainer.strategy.launcher, every("strategies.launchers._MultiProcessingLauncher"))
+def stays_in_children(trainer: L.Trainer) -> bool:
+    """Whether training goes on in child processes, and what is trained exists there alone.
+
+    When they end, Lightning loads the state dict of their module into that of the parent. Under full fine-tuning this
+    brings all weights back, while tensors of adapters find no place in the parent's module.
+    """
+    if not isinstance(trainer.strategy.launcher, every("strategies.launchers._MultiProcessingLauncher")):
+        return False
+    return not is_complete(require(trainer.lightning_module)[0].methods)
 
 
 def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -161,7 +168,7 @@ def explained(pl_module: L.LightningModule) -> Iterator[None]:
 
 def warn_of_children(trainer: L.Trainer, fresh: bool) -> None:
     """Say where the result is: the module in the parent process has no adapters."""
-    if not (in_children(trainer) and fresh) or trainer.fast_dev_run:
+    if not (fresh and stays_in_children(trainer)) or trainer.fast_dev_run:
         return
     saved = [c.last_model_path or c.best_model_path for c in trainer.checkpoint_callbacks if _saves(c)]
     path = best_path(trainer) or next((p for p in saved if p), None)
@@ -177,8 +184,8 @@ def warn_of_children(trainer: L.Trainer, fresh: bool) -> None:
 
 def check_trained(trainer: L.Trainer, fresh: bool) -> None:
     """Fresh adapters in child processes, after a fit in others, are not those that were trained."""
-    launcher = trainer.strategy.launcher
-    if in_children(trainer) and fresh and getattr(launcher, "_already_fit", False) and not trainer.ckpt_path:
+    already_fit = getattr(trainer.strategy.launcher, "_already_fit", False)
+    if fresh and already_fit and not trainer.ckpt_path and stays_in_children(trainer):
         raise TrainingError(
             "The fit went on in child processes, so the adapters here are fresh ones, not those that were trained."
             " Give the checkpoint: ckpt_path='best' or its path; or load_adapter(module, path) first."

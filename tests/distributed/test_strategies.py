@@ -18,11 +18,20 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import distributed
 
-from lightning_peft import PEFT, CheckpointError, LoRA, adapter_state_dict, load_adapter, load_from_checkpoint
+from lightning_peft import (
+    PEFT,
+    CheckpointError,
+    FullFineTuning,
+    LoRA,
+    adapter_state_dict,
+    load_adapter,
+    load_from_checkpoint,
+)
 from lightning_peft.files import read
 from lightning_peft.trainable import find
+from tests.contract.battery import same
 from tests.distributed.members import METHODS, Member
-from tests.models import Plain, loader, plain_loader, trainer
+from tests.models import Plain, frozen_copy, loader, plain_loader, trainer
 
 pytestmark = pytest.mark.slow
 HOWS = ("ddp", "file", "shards")
@@ -162,6 +171,17 @@ def test_notebook(tmp_path):
     by_path = run.test(module, plain_loader(), ckpt_path="best", verbose=False)
     load_adapter(module, path)
     assert run.test(module, plain_loader(), verbose=False) == by_path
+
+
+def test_all_weights_come_back_from_children(tmp_path, capfd):
+    """Lightning brings the state of the module back, which is all of it under full fine-tuning: nothing to warn of."""
+    module, saver = Plain(), ModelCheckpoint(tmp_path)
+    run = trainer(tmp_path, PEFT(FullFineTuning()), saver, Leave(), devices=2, strategy="ddp_fork")
+    run.fit(module, plain_loader(), plain_loader())
+    assert same(torch.load(saver.best_model_path, weights_only=True)["state_dict"], frozen_copy(module))
+    by_path = run.test(module, plain_loader(), ckpt_path=saver.best_model_path, verbose=False)
+    assert run.test(module, plain_loader(), verbose=False) == by_path
+    assert "in child processes" not in capfd.readouterr().err
 
 
 def test_a_broken_folder_is_one_error(out, tmp_path):
