@@ -40,8 +40,8 @@ _HOME = {
         "LogAdapter",
         "PredictionWriter",
         "AdapterDrop",
-        "inject_now",
     ),
+    "lightning_peft.trainer.session": ("inject_now",),
     "lightning_peft.trainer.strategies": ("FSDPWrapPolicy",),
     "lightning_peft.trainer.reload": ("load_from_checkpoint",),
     "lightning_peft.data": ("TextDataModule", "ImageDataModule", "AudioDataModule"),
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
         MergeOnFitEnd,
         PredictionWriter,
         TrainabilityCheck,
-        inject_now,
     )
     from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
     from lightning_peft.combining import combine
@@ -87,6 +86,7 @@ if TYPE_CHECKING:
     from lightning_peft.switching import disabled
     from lightning_peft.trainable import state_names, trainable_names
     from lightning_peft.trainer.reload import load_from_checkpoint
+    from lightning_peft.trainer.session import inject_now
     from lightning_peft.trainer.strategies import FSDPWrapPolicy
 
 

@@ -16,8 +16,6 @@ from lightning_peft.method import Method
 from lightning_peft.sharding import reshard, whole, write
 from lightning_peft.trainable import find, persistent_buffers, require
 
-_MARK = "_peft_hollow"
-
 
 def is_hollow(model: nn.Module) -> bool:
     """Whether some parameters have no values."""
@@ -50,7 +48,7 @@ def inject_hollow(model: nn.Module, methods: Sequence[Method]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Delta):
             module.starts = starts[name]
-    model.__dict__[_MARK] = True
+    require(model)[0].awaits_base = True
 
 
 def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -102,9 +100,10 @@ def settle_base(model: nn.Module) -> bool:
 
     Of a sharded model all processes must call this.
     """
-    if not model.__dict__.pop(_MARK, False):
+    if not waits(model):
         return False
     injection, _, root = require(model)
+    injection.awaits_base = False
     reshard(root)
     parameters = {n: p for n, p in base_tensors(root) if isinstance(p, nn.Parameter)}
     injection.base |= sketch_of([whole(parameters[n].detach()) for n in sorted(parameters)])
@@ -114,7 +113,8 @@ def settle_base(model: nn.Module) -> bool:
 
 def waits(model: nn.Module) -> bool:
     """Whether base values are still to come."""
-    return find(model) is not None and _MARK in model.__dict__
+    found = find(model)
+    return found is not None and found[0].awaits_base
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

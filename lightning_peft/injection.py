@@ -34,6 +34,8 @@ from lightning_peft.trainable import (
 )
 
 Methods = Method | Sequence[Method]
+#: where a LightningModule keeps what is patched on it for the Trainer; an object with a ``remove`` that undoes it
+SESSION = "_peft_session"
 #: parts of a method that act on every module of its kind
 _DRIVEN = ("regularizer", "transform_grads", "after_step")
 
@@ -142,6 +144,14 @@ def unload(model: nn.Module) -> None:
             write(values[name], old)
     reset_buffers(injection, root)
     remove(injection, root)
+    end_session(model)
+
+
+def end_session(model: nn.Module) -> None:
+    """Undo what was patched on a LightningModule, once its adapters are gone."""
+    session = model.__dict__.get(SESSION)
+    if session is not None:
+        session.remove()
 
 
 def remove(injection: Injection, root: nn.Module) -> None:

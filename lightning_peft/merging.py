@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.errors import MergeError
-from lightning_peft.injection import check_removable, remove
+from lightning_peft.injection import check_removable, end_session, remove
 from lightning_peft.quantized import packed
 from lightning_peft.switching import switch
 from lightning_peft.trainable import adapted_modules, adapter_tensors, refuse_disabled, refuse_flat, require
@@ -65,6 +65,7 @@ def merge_and_unload(model: nn.Module) -> None:
     tied = tied_parameters(root)
     switch(injection, root, merged=True)
     remove(injection, root)
+    end_session(model)
     config = getattr(root, "config", None)
     left = tied_parameters(root)
     if tied != left and getattr(config, "tie_word_embeddings", False):

@@ -28,8 +28,8 @@ from lightning_peft.task.optimization import build_optimizer, linear_schedule
 from lightning_peft.task.predictions import predict
 from lightning_peft.task.speed import Speed
 from lightning_peft.trainable import find
-from lightning_peft.trainer.hooks import install
 from lightning_peft.trainer.reload import rebuild
+from lightning_peft.trainer.session import Session
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -200,7 +200,7 @@ class TaskModule(LightningModule):
         if SECTION in checkpoint and find(self) is None:
             save = checkpoint[SECTION].get("save", "trainable")
             inject_from(self, checkpoint[SECTION], "The checkpoint", values=save != "full")
-            install(self, save)
+            Session.on(self).keep_small(save)
             self.on_load_checkpoint(checkpoint)  # now the installed hook, which compares and makes way
 
     # ---- training --------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class Injection:
     summary: dict[str, Any] | None = None  # counts, and shapes by full name, before a strategy flattened parameters
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     root_reader: RootReader = field(default_factory=lambda: RootReader(()))
+    awaits_base: bool = False  # injected on the meta device: the values of the base, and its fingerprint, are to come
     merged: bool = False
     disabled: int = 0  # depth of `disabled` contexts
 

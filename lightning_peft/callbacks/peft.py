@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +17,6 @@ from lightning_peft.method import Method
 from lightning_peft.summary import describe, keep_sizes
 from lightning_peft.switching import is_complete, settle_flags, switch
 from lightning_peft.trainable import find, frozen_statistics, require
-from lightning_peft.trainer.checkpoint_io import use_safe_files
 from lightning_peft.trainer.checks import (
     check_loss,
     check_not_adapted,
@@ -26,17 +25,14 @@ from lightning_peft.trainer.checks import (
     check_present,
     check_rates,
 )
-from lightning_peft.trainer.driving import Transfer, add_loss_terms, change_gradients, step_taken
-from lightning_peft.trainer.hooks import check_base, install, settle_optimizers
-from lightning_peft.trainer.moving import Loader
+from lightning_peft.trainer.driving import add_loss_terms, change_gradients, step_taken
+from lightning_peft.trainer.session import Session
 from lightning_peft.trainer.strategies import (
     check_methods,
     check_sharding,
     check_strategy,
     check_trained,
-    explained,
     loads_late,
-    prepare,
     readable,
     warn_of_children,
 )
@@ -91,11 +87,9 @@ class PEFT(Callback):
         """Inject now, or defer to the end of ``configure_model``."""
         package_of(trainer)  # an error for a Trainer of a package that was imported too late
         check_strategy(trainer, self.allow_untested)
-        use_safe_files(trainer)
         self._check_order(trainer, pl_module, stage)
-        prepare(trainer)
-        trainer.strategy.load_checkpoint = Loader(trainer, pl_module)  # type: ignore[method-assign]
-        trainer.strategy.batch_to_device = Transfer(trainer, pl_module)  # type: ignore[method-assign]
+        session = Session.on(pl_module)
+        session.begin_run(trainer)
         deferred = is_overridden("configure_model", pl_module)
         if deferred and loads_late(trainer) and any(True for _ in pl_module.parameters()):
             self.ensure(pl_module, stage)  # before configure_model shards what is there
@@ -106,7 +100,7 @@ class PEFT(Callback):
         if deferred:
             # WeightAveraging calls configure_model in its own setup, Lightning once more after that.
             averages = any(isinstance(c, every("callbacks.WeightAveraging")) for c in trainer.callbacks)
-            _defer(pl_module, self, stage, calls=2 if averages and stage == "fit" else 1)
+            session.defer(partial(self.ensure, pl_module, stage), calls=2 if averages and stage == "fit" else 1)
         else:
             self.ensure(pl_module, stage)
 
@@ -123,7 +117,7 @@ class PEFT(Callback):
         self._fresh |= fresh
         if fresh and self.init_from is not None:
             self._start_from(pl_module, self.init_from)
-        install(pl_module, self.save)
+        Session.on(pl_module).keep_small(self.save)
         if pl_module._trainer is not None and not readable(pl_module.trainer):
             keep_sizes(pl_module)
         if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
@@ -143,13 +137,12 @@ class PEFT(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what trains, and make sure that it does."""
-        _drop_pending(pl_module)  # if configure_model was called less often than expected
         check_nothing_new(pl_module)
         check_methods(trainer, pl_module)
         check_sharding(trainer, pl_module)
         check_optimizers(trainer, pl_module)
         check_rates(trainer, pl_module)
-        settle_optimizers(trainer, pl_module)
+        Session.on(pl_module).settle_optimizers(trainer)
         rank_zero_info(describe(pl_module))
         # a schedule that asked for the length of the run has built the loader before its state is restored, and
         # Lightning would not look at that state again: a mid-epoch resume would start the epoch over
@@ -157,7 +150,7 @@ class PEFT(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find frozen statistics; read the length of the run."""
-        check_base(pl_module)
+        Session.on(pl_module).check_base()
         self._frozen = frozen_statistics(pl_module)
         self._steps_done = trainer.global_step
         total = trainer.estimated_stepping_batches
@@ -200,14 +193,20 @@ class PEFT(Callback):
         warn_of_children(trainer, self._fresh)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave no patch behind."""
-        _drop_pending(pl_module)
-        trainer.strategy.__dict__.pop("load_checkpoint", None)
-        trainer.strategy.__dict__.pop("batch_to_device", None)
+        """Undo what only the run needed; a run that failed before there were adapters leaves nothing."""
+        session = Session.of(pl_module)
+        if session is not None and find(pl_module) is not None:
+            session.end_run()
+        elif session is not None:
+            session.remove()
         self._frozen = []
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same after a run that failed or was interrupted, which has no ``teardown``."""
+        self.teardown(trainer, pl_module, "")
+
     def _check_base(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        check_base(pl_module)
+        Session.on(pl_module).check_base()
 
     # after the module's own hooks, in which it may have loaded its base
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _check_base
@@ -245,44 +244,3 @@ class PEFT(Callback):
                 "StochasticWeightAveraging copies the module before `configure_model` has run. Build the network in"
                 " `__init__`, or use WeightAveraging / EMAWeightAveraging."
             )
-
-
-def _defer(pl_module: L.LightningModule, callback: PEFT, stage: str, calls: int) -> None:
-    """Let the next calls of ``configure_model`` inject at their end: each may build the network anew."""
-    pl_module.__dict__["_peft_pending"] = (callback, stage, pl_module.__dict__.get("configure_model"), calls)
-    pl_module.configure_model = types.MethodType(_configure_and_inject, pl_module)
-
-
-def _configure_and_inject(self: L.LightningModule) -> None:
-    """Stands in for ``configure_model`` (no ``__wrapped__``: Lightning would look through it)."""
-    callback, stage, _, calls = self.__dict__["_peft_pending"]
-    _drop_pending(self)
-    self.__dict__["_peft_now"] = (callback, stage)
-    try:
-        with explained(self):
-            self.configure_model()
-    finally:
-        del self.__dict__["_peft_now"]
-    callback.ensure(self, stage)
-    if calls > 1:
-        _defer(self, callback, stage, calls - 1)
-
-
-def inject_now(pl_module: L.LightningModule) -> None:
-    """Inject what the Trainer's `PEFT` callback holds; for ``configure_model``, between building and sharding.
-
-    Does nothing where there is no Trainer, no such callback, or nothing left to inject.
-    """
-    pending = pl_module.__dict__.get("_peft_now")
-    if pending is not None:
-        callback, stage = pending
-        callback.ensure(pl_module, stage)
-
-
-def _drop_pending(pl_module: L.LightningModule) -> None:
-    pending = pl_module.__dict__.pop("_peft_pending", None)
-    if pending is None:
-        return
-    del pl_module.__dict__["configure_model"]
-    if pending[2] is not None:  # the user's own patch
-        pl_module.__dict__["configure_model"] = pending[2]

@@ -44,15 +44,13 @@ def step_taken(pl_module: L.LightningModule, step: int, total_steps: int | None)
 class Transfer:
     """Stands before a strategy's ``batch_to_device`` while a module has adapters: methods see the batch before."""
 
-    def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.trainer, self.module = trainer, module
+    def __init__(self, module: L.LightningModule, original: Callable[..., Any]) -> None:
+        self.module, self.original = module, original
 
     def __call__(self, batch: Any, *arguments: Any, **options: Any) -> Any:
-        strategy = self.trainer.strategy
-        original: Callable[..., Any] = type(strategy).batch_to_device.__get__(strategy)
         methods = list(_with(self.module, "before_transfer")) if find(self.module) else []
         seen = [method.before_transfer(self.module, batch) for method in methods]
-        batch = original(batch, *arguments, **options)
+        batch = self.original(batch, *arguments, **options)
         for method, notes in zip(methods, seen, strict=True):
             method.after_transfer(self.module, batch, notes)
         return batch

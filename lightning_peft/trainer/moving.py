@@ -124,12 +124,11 @@ class Loader:
     Sharding strategies load weights and optimizer in there, before any hook: here a file is compared first.
     """
 
-    def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.trainer, self.module = trainer, module
+    def __init__(self, trainer: L.Trainer, module: L.LightningModule, original: Callable[..., dict[str, Any]]) -> None:
+        self.trainer, self.module, self.original = trainer, module, original
 
     def __call__(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
-        strategy = self.trainer.strategy
-        original: Callable[..., dict[str, Any]] = type(strategy).load_checkpoint.__get__(strategy)
+        strategy, original = self.trainer.strategy, self.original
         path = Path(strategy.broadcast(checkpoint_path))
         if find(self.module) is None or "://" in str(checkpoint_path):
             return original(checkpoint_path, weights_only)

@@ -20,7 +20,7 @@ from lightning_peft.folders import as_file
 from lightning_peft.lightning_packages import every, fabric_module, package_of_class, why_unknown
 from lightning_peft.requirements import require_package
 from lightning_peft.trainable import find
-from lightning_peft.trainer.hooks import install
+from lightning_peft.trainer.session import Session
 from lightning_peft.untrusted import (
     check_functions,
     known_class,
@@ -73,7 +73,7 @@ def _from_file(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[st
         _load_whole(module, state, info, str(file))
     elif find(module) is None or not _is_loaded(module, state):
         load_adapter(module, file)
-    install(module, "trainable")
+    Session.on(module).keep_small("trainable")
     return module
 
 
@@ -83,7 +83,7 @@ def _load_whole(module: L.LightningModule, state: Mapping[str, Tensor], info: Ma
         inject_from(module, info, where, values=False)
     state = fitting_whole(module, state, info, where)
     make_way(module, state)
-    install(module, "full")
+    Session.on(module).keep_small("full")
     module.load_state_dict(state)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import TrainingError
@@ -51,10 +51,11 @@ def check_strategy(trainer: L.Trainer, allow_untested: bool) -> None:
             )
 
 
-def prepare(trainer: L.Trainer) -> None:
-    """Settings that keep a strategy's own checkpoints small."""
+def settings(trainer: L.Trainer) -> dict[str, Any]:
+    """Attributes of a strategy that keep its own checkpoints small."""
     if runs_under(trainer, "DeepSpeedStrategy"):
-        trainer.strategy.exclude_frozen_parameters = True  # it writes the weights itself, past the module's hooks
+        return {"exclude_frozen_parameters": True}  # it writes the weights itself, past the module's hooks
+    return {}
 
 
 def filters_itself(trainer: L.Trainer) -> bool:

@@ -20,7 +20,7 @@ from lightning_peft import (
     load_from_checkpoint,
     trainable_names,
 )
-from lightning_peft.trainer.hooks import install
+from lightning_peft.trainer.session import Session
 from tests.contract.battery import same
 from tests.models import plain_loader, trainer
 
@@ -138,7 +138,7 @@ def test_patterns_may_mean_either_name(kind, name):
 def test_a_tensor_that_is_missing_under_all_its_names_is_an_error(lost):
     module = PartFirst()
     inject(module, LoRA(r=2))
-    install(module, "trainable")
+    Session.on(module).keep_small("trainable")
     state = module.state_dict()
     module.load_state_dict(state)
     del state[lost.removeprefix("net.") if "backbone" in lost else lost]

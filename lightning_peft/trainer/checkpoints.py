@@ -1,0 +1,173 @@
+"""What a checkpoint of an adapted LightningModule holds: made small and described; compared before it is loaded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
+from lightning_peft.errors import CheckpointError
+from lightning_peft.files import SECTION, split
+from lightning_peft.format1 import upgraded_section
+from lightning_peft.lightning_packages import LightningDataModule
+from lightning_peft.sharding import unwrapped
+from lightning_peft.switching import is_complete
+from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
+from lightning_peft.trainer.kept_files import settle_kept_files
+from lightning_peft.trainer.moving import by_position, optimizer_names
+from lightning_peft.trainer.resuming import check_states, take_resume
+from lightning_peft.trainer.strategies import flattens, loads_late
+from lightning_peft.verify import verify, verify_section
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+
+def filter_state(module: nn.Module, state: dict[str, Any], prefix: str, save: str | None) -> None:
+    """Keep only the adapter in the state dict; a full one holds the base as it is without the adapter."""
+    if save == "full":
+        _unmerged(module, state, prefix)
+        return
+    keep = {prefix + n for n in adapter_names(module)}
+    for key in [k for k in state if k.startswith(prefix) and k not in keep]:
+        del state[key]
+
+
+def _unmerged(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Write the original base weights while merged ones stand in their place: reloading merges once, not twice."""
+    for name, layer in adapted_modules(module):
+        for key, original in layer._adapter.originals.items():
+            state[f"{prefix}{name}.{key}"] = original.detach()
+
+
+def forgive_frozen(module: nn.Module, incompatible: Any) -> None:
+    """Frozen weights may be missing, adapter tensors may not.
+
+    A tensor that the module knows under several names is there if it is there under one of them.
+    """
+    if find(module) is None:
+        return
+    tensors = _tensors_by_every_name(module)
+    needed = {id(tensors[name]) for name in required_names(module)}
+    missing = {key: _name_in(tensors, key) for key in incompatible.missing_keys}
+    missing_names = set(missing.values())
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing_names}
+    lost = needed - loaded
+    incompatible.missing_keys[:] = [key for key, name in missing.items() if name and id(tensors[name]) in lost]
+
+
+def _tensors_by_every_name(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers, those of a module with several names under each of them."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {unwrapped(name): tensor for name, tensor in named}
+
+
+def _name_in(tensors: Mapping[str, torch.Tensor], key: str) -> str | None:
+    """A tensor's name in the module, by its key in a state dict: weight averaging puts a prefix before the names."""
+    parts = unwrapped(key).split(".")
+    for start in range(len(parts)):
+        name = ".".join(parts[start:])
+        if name in tensors:
+            return name
+    return None
+
+
+def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | None) -> list[str]:
+    """Leave what is frozen out of a checkpoint and put the description in; names of the hyper-parameters left out."""
+    # inside `disabled` the module holds the base's own head, biases and statistics in place of the trained ones
+    refuse_disabled(require(module)[0], "save")
+    if save == "trainable" and checkpoint.get("state_dict"):
+        keep = set(adapter_names(module))
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+    info = section(module) | {"save": save}
+    if "optimizer_states" in checkpoint:
+        checkpoint["optimizer_states"] = by_position(module.trainer, module, checkpoint["optimizer_states"])
+        info["resume"] = _resume(module)
+    checkpoint[SECTION] = info
+    left_out: list[str] = []
+    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+        if isinstance(checkpoint.get(key), Mapping):
+            # A network among them is the whole base once more, and no object can be read back with `weights_only`.
+            lost = [name for name, value in checkpoint[key].items() if not _reads_back(value)]
+            checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in lost}
+            left_out += lost
+    return left_out
+
+
+def _reads_back(value: Any) -> bool:
+    """Whether a value survives ``torch.save`` and ``torch.load(weights_only=True)``."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    if isinstance(value, nn.Module):
+        return False
+    try:
+        torch.save(value, file := io.BytesIO())
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:  # whatever pickle and torch raise for what they cannot do
+        return False
+    return True
+
+
+def _resume(module: L.LightningModule) -> dict[str, Any]:
+    trainer = module.trainer
+    methods = require(module)[0].methods
+    return {
+        "strategy": type(trainer.strategy).__name__,
+        "world_size": trainer.world_size,
+        "methods": [m.resume_state(module) for m in methods],
+        "optimizers": optimizer_names(trainer, module),
+    }
+
+
+def compare(module: L.LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Compare a checkpoint with the module before its values are loaded, and make way for them.
+
+    Returns:
+        Its description; None where there is nothing to compare, and Lightning loads it as without adapters.
+    """
+    trainer = module._trainer
+    if trainer is not None:  # what follows for a Trainer are the states of its callbacks
+        settle_kept_files(trainer, checkpoint)
+        check_states(trainer, checkpoint)
+    if find(module) is None:  # unloaded or merged for good: an ordinary module again
+        return None
+    if SECTION not in checkpoint and is_complete(require(module)[0].methods):
+        return None  # a plain checkpoint, which FullFineTuning resumes: Lightning loads it, strictly
+    # DeepSpeed has loaded the weights itself
+    if trainer is not None and flattens(trainer) and SECTION in checkpoint and "state_dict" not in checkpoint:
+        info = upgraded_section(checkpoint[SECTION])
+        verify_section(info, "The checkpoint")
+        verify(module, info, "The checkpoint")
+        _take_resume(module, checkpoint, info)
+        return info
+    state, info = split(checkpoint, "The checkpoint")
+    _refuse_weights_only(module, checkpoint)
+    if info.get("save") == "full":
+        fitted = fitting_whole(module, state, info, "The checkpoint")
+    else:
+        hollow = trainer is not None and loads_late(trainer)
+        fitted = fitting(module, state, info, "The checkpoint", hollow=hollow)
+    _take_resume(module, checkpoint, info)
+    checkpoint["state_dict"] = fitted
+    make_way(module, fitted)
+    return info
+
+
+def _take_resume(module: L.LightningModule, checkpoint: dict[str, Any], info: Mapping[str, Any]) -> None:
+    if info.get("resume") and "optimizer_states" in checkpoint:
+        take_resume(module, checkpoint, info["resume"])
+
+
+def _refuse_weights_only(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    trainer = module._trainer
+    fits = trainer is not None and trainer.state.fn == "fit"
+    if fits and not loads_late(trainer) and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            "The checkpoint holds weights only (save_weights_only=True), so training cannot go on from it. Start a new"
+            " fit from its values with PEFT(init_from=PATH), without ckpt_path."
+        )
