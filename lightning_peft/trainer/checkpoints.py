@@ -18,7 +18,7 @@ from lightning_peft.sharding import unwrapped
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.trainer.kept_files import settle_kept_files
-from lightning_peft.trainer.moving import by_position, optimizer_names
+from lightning_peft.trainer.optimizer_states import optimizer_names, states_for_file
 from lightning_peft.trainer.resuming import check_states, take_resume
 from lightning_peft.trainer.strategies import flattens, loads_late
 from lightning_peft.verify import verify, verify_section
@@ -85,7 +85,7 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
     info = section(module) | {"save": save}
     if "optimizer_states" in checkpoint:
-        checkpoint["optimizer_states"] = by_position(module.trainer, module, checkpoint["optimizer_states"])
+        checkpoint["optimizer_states"] = states_for_file(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
     checkpoint[SECTION] = info
     left_out: list[str] = []

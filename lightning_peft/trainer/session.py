@@ -45,7 +45,8 @@ from lightning_peft.trainable import find, require
 from lightning_peft.trainer.checkpoint_io import use_safe_files
 from lightning_peft.trainer.checkpoints import compare, describe, filter_state, forgive_frozen
 from lightning_peft.trainer.driving import Transfer
-from lightning_peft.trainer.moving import Loader, fit_optimizers
+from lightning_peft.trainer.loading import loader_for
+from lightning_peft.trainer.optimizer_states import arrange_states
 from lightning_peft.trainer.strategies import explained, filters_itself, loads_late, settings
 from lightning_peft.verify import other_base
 
@@ -185,7 +186,7 @@ class Session:
         # BackboneFinetuning and its like rebuild the groups of the saved optimizer in their own on_fit_start.
         rebuilt = any(isinstance(callback, every("callbacks.BaseFinetuning")) for callback in trainer.callbacks)
         if checkpoint is not None and not rebuilt:
-            fit_optimizers(trainer, self.module, checkpoint, "The checkpoint")
+            arrange_states(trainer, self.module, checkpoint, "The checkpoint")
 
     # ---- a run of the Trainer --------------------------------------------------------------------------------------
     def begin_run(self, trainer: L.Trainer) -> None:
@@ -196,7 +197,7 @@ class Session:
         strategy = trainer.strategy
         self._for_files = [_set(strategy, name, value) for name, value in settings(trainer).items()]
         self._for_a_run = [
-            _set(strategy, "load_checkpoint", Loader(trainer, self.module, strategy.load_checkpoint)),
+            _set(strategy, "load_checkpoint", loader_for(trainer, self.module, strategy.load_checkpoint)),
             _set(strategy, "batch_to_device", Transfer(self.module, strategy.batch_to_device)),
         ]
 

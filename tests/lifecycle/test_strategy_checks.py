@@ -24,7 +24,7 @@ from lightning_peft import (
     load_adapter,
     load_from_checkpoint,
 )
-from lightning_peft.trainer.moving import fit_to
+from lightning_peft.trainer.optimizer_states import NamedStates
 from lightning_peft.trainer.strategies import check_methods
 from tests.contract.battery import same
 from tests.models import Foreign, Plain, bert, loader, plain_loader, trainer
@@ -144,14 +144,25 @@ def test_wrap_policy():
 def test_optimizer_states_go_by_name():
     """Another order is put right; other tensors and other groups are refused."""
     state = {"state": {0: "a", 1: "b", 2: "c"}, "param_groups": [{"lr": 1, "params": [0, 1]}, {"lr": 2, "params": [2]}]}
-    moved = fit_to(state, [["a", "b"], ["c"]], [["b", "a"], ["c"]], "x")
+    named = NamedStates.from_optimizer_order(state, [["a", "b"], ["c"]])
+    moved = named.arranged_as([["b", "a"], ["c"]], "x").to_optimizer_order()
     assert moved["state"] == {0: "b", 1: "a", 2: "c"} and [g["params"] for g in moved["param_groups"]] == [[0, 1], [2]]
-    for here, words in (
+    assert NamedStates.from_names(named.to_names(), named.names) == named
+    for names, words in (
         ([["a", "b"], ["d"]], "they differ in c, d"),
         ([["a", "b", "c"], []], "grouped in another way"),
     ):
         with pytest.raises(CheckpointError, match=rf"{words}.*init_from=PATH"):
-            fit_to(state, [["a", "b"], ["c"]], here, "x")
+            named.arranged_as(names, "x")
+
+
+def test_states_that_count_the_parameters_of_the_model():
+    """As FSDP and ModelParallel number them."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    state = {"state": {1: "m", 2: "n"}, "param_groups": [{"lr": 1, "params": [2, 1]}]}
+    named = NamedStates.from_model_order(state, net, [["1.weight", "0.bias"]])
+    assert named.tensors == {"0.bias": "m", "1.weight": "n"}
+    assert named.to_optimizer_order() == {"state": {1: "m", 0: "n"}, "param_groups": [{"lr": 1, "params": [0, 1]}]}
 
 
 def test_another_optimizer_is_refused(tmp_path):
