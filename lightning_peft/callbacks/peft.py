@@ -23,6 +23,7 @@ from lightning_peft.trainer.checks import (
     check_nothing_new,
     check_optimizers,
     check_present,
+    check_pruning,
     check_rates,
 )
 from lightning_peft.trainer.driving import add_loss_terms, change_gradients, step_taken
@@ -88,6 +89,8 @@ class PEFT(Callback):
         package_of(trainer)  # an error for a Trainer of a package that was imported too late
         check_strategy(trainer, self.allow_untested)
         self._check_order(trainer, pl_module, stage)
+        if stage == "fit" and self.methods is not None:
+            check_pruning(trainer, self.methods)  # before anything is injected
         session = Session.on(pl_module)
         session.begin_run(trainer)
         deferred = is_overridden("configure_model", pl_module)
@@ -139,6 +142,7 @@ class PEFT(Callback):
         """Say what trains, and make sure that it does."""
         check_nothing_new(pl_module)
         check_methods(trainer, pl_module)
+        check_pruning(trainer, require(pl_module)[0].methods)
         check_sharding(trainer, pl_module)
         check_optimizers(trainer, pl_module)
         check_rates(trainer, pl_module)

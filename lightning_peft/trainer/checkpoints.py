@@ -17,6 +17,7 @@ from lightning_peft.lightning_packages import LightningDataModule
 from lightning_peft.sharding import unwrapped
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
+from lightning_peft.trainer.checks import check_present
 from lightning_peft.trainer.kept_files import settle_kept_files
 from lightning_peft.trainer.optimizer_states import optimizer_names, states_for_file
 from lightning_peft.trainer.resuming import check_states, take_resume
@@ -80,6 +81,7 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
     """Leave what is frozen out of a checkpoint and put the description in; names of the hyper-parameters left out."""
     # inside `disabled` the module holds the base's own head, biases and statistics in place of the trained ones
     refuse_disabled(require(module)[0], "save")
+    check_present(module)
     if save == "trainable" and checkpoint.get("state_dict"):
         keep = set(adapter_names(module))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
@@ -87,7 +89,7 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = states_for_file(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
-    checkpoint[SECTION] = info
+    checkpoint[SECTION] = _with_names_of_pruned(info, checkpoint.get("state_dict") or {})
     left_out: list[str] = []
     for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
         if isinstance(checkpoint.get(key), Mapping):
@@ -96,6 +98,31 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
             checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in lost}
             left_out += lost
     return left_out
+
+
+def _with_names_of_pruned(info: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Call pruned weights as the file does.
+
+    torch keeps a pruned ``weight`` as ``weight_orig`` and a mask; ModelPruning writes their product as ``weight``, so
+    that the file loads into a module that is not pruned.
+    """
+
+    def in_the_file(names: list[str]) -> list[str]:
+        found = []
+        for name in names:
+            whole = name.removesuffix("_orig").removesuffix("_mask")
+            is_folded = name not in state and whole in state
+            if not is_folded:
+                found.append(name)
+            elif name.endswith("_orig"):
+                found.append(whole)
+        return found
+
+    for key in ("keys", "trainable"):
+        info[key] = in_the_file(info[key])
+    if "resume" in info:
+        info["resume"]["optimizers"] = [[in_the_file(g) for g in groups] for groups in info["resume"]["optimizers"]]
+    return info
 
 
 def _reads_back(value: Any) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from lightning_peft.adapted import Adapted, is_bypassed
 from lightning_peft.errors import TrainingError
-from lightning_peft.lightning_packages import rank_zero_warn
+from lightning_peft.lightning_packages import every, rank_zero_warn
+from lightning_peft.method import Method
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import named_parameters, unwrapped
 from lightning_peft.switching import is_complete
@@ -69,6 +71,18 @@ def check_nothing_new(pl_module: L.LightningModule) -> None:
         raise TrainingError(f"Parameters appeared after the adapters were injected: {names}. {_TOO_LATE}")
 
 
+def check_pruning(trainer: L.Trainer, methods: Sequence[Method]) -> None:
+    """`ModelPruning` changes base weights, and its masks become part of them in the file alone."""
+    if is_complete(methods) or not any(isinstance(c, every("callbacks.ModelPruning")) for c in trainer.callbacks):
+        return
+    names = " + ".join(type(method).__name__ for method in methods)
+    raise TrainingError(
+        f"ModelPruning changes the frozen weights, which checkpoints of {names} do not hold, so what it prunes would be"
+        " lost. Prune while everything trains, PEFT(FullFineTuning()), and adapt the pruned model afterwards; or merge"
+        " the adapters first."
+    )
+
+
 def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Everything that trains must be in some optimizer.
 
@@ -93,6 +107,14 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         return
     if outside:
         names = ", ".join(n for n, _ in outside[:3])
+        rebuilding = [c for c in trainer.callbacks if isinstance(c, every("callbacks.BaseFinetuning"))]
+        if rebuilding and not any(p.requires_grad for _, p in outside):
+            name = type(rebuilding[0]).__name__
+            raise TrainingError(
+                f"{name} has frozen {len(outside)} of {len(wanted)} trainable tensors ({names}, …), and will train the"
+                f" base in full when it unfreezes it. Leave {name} out, or put it before PEFT: then the adapters train"
+                " from the start, and the base from the epoch on in which it is unfrozen."
+            )
         raise TrainingError(
             f"{len(outside)} of {len(wanted)} trainable tensors are in no optimizer ({names}, …) and would never move."
             " Build the optimizer in `configure_optimizers` from [p for p in self.parameters() if p.requires_grad];"

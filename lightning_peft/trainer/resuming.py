@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
-from lightning_peft.switching import is_complete
-from lightning_peft.trainable import require, trainable_names
+from lightning_peft.trainable import require
 from lightning_peft.trainer.strategies import loads_late
 from lightning_peft.untrusted import short
 
@@ -71,10 +70,8 @@ def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume
             broken.append(key)
     late = module._trainer is not None and loads_late(module._trainer)  # sharded states are compared as they load
     if not late and "optimizer_states" not in broken:
-        named = dict(module.named_parameters())
-        # Under full fine-tuning a frozen part may be trained later, and be in the optimizer of the file already.
-        complete = is_complete(require(module)[0].methods)
-        shapes = {named[n].shape for n in (named if complete else trainable_names(module))}
+        # A part that is frozen now may train later, and be in the optimizer of the file already.
+        shapes = {parameter.shape for parameter in module.parameters()}
         broken += [] if _fitting(checkpoint["optimizer_states"], shapes) else ["optimizer_states"]
     if broken:
         raise CheckpointError(_damaged(", ".join(broken)))
