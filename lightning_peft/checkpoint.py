@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, locate, read, write_adapter
-from lightning_peft.fingerprint import difference
 from lightning_peft.format1 import upgraded
 from lightning_peft.guards import bounded
 from lightning_peft.injection import place, remove, settle_outside
@@ -20,6 +19,7 @@ from lightning_peft.sharding import reshard, whole, write
 from lightning_peft.switching import reset_buffers, switch
 from lightning_peft.trainable import (
     adapter_names,
+    base_weights,
     find,
     model_tensors,
     network,
@@ -33,6 +33,7 @@ from lightning_peft.verify import (
     FORMAT_VERSION,
     method_from,
     other_base,
+    other_values,
     short,
     some,
     source,
@@ -157,10 +158,9 @@ def fitting(
     verify(model, info, where)
     state = without_aliases(state, info)
     verify_keys(state, info, where, hollow=hollow)
-    state = reroot(state, info, model)
     if info.get("save") == "full":
-        known = set(adapter_names(model)) | set(required_names(model))
-        state = {n: t for n, t in state.items() if n in known}
+        state = {name: state[name] for name in info["keys"]}
+    state = reroot(state, info, model)
     verify_tensors(model, state, where)
     return state
 
@@ -181,6 +181,9 @@ def fitting_whole(model: nn.Module, state: Mapping[str, Tensor], info: Mapping[s
     for name in injection.buffers:
         if name not in moved and prefix + name in state:
             injection.buffers[name] = state[prefix + name].detach().clone()
+    base = set(base_weights(injection, root))
+    injection.samples.update({name: state[prefix + name] for name in base - moved})
+    injection.moved = base & moved
     return state
 
 
@@ -206,7 +209,7 @@ def inject_from(model: nn.Module, info: Mapping[str, Any], where: str, *, values
         raise CheckpointError(f"{where}: its methods do not fit {type(root).__name__}: {short(error)}") from error
     settle_outside(model)
     ours = require(model)[0].base
-    reason = difference(ours, info["base"], values=values)
+    reason = other_values(require(model)[0], info, values=values)
     if reason:
         withdraw(model)
         raise CheckpointError(other_base(where, info, ours, reason))
@@ -239,10 +242,16 @@ def assign(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
         write(tensors[name], value)
 
 
-def make_way(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Unmerge, and set statistics that ``state`` does not hold back to their start: they had not moved then."""
+def make_way(model: nn.Module, state: Mapping[str, Tensor], *, whole: bool = False) -> None:
+    """Unmerge, and set statistics that ``state`` does not hold back to their start: they had not moved then.
+
+    Frozen weights among ``state`` had moved, unless it is the state of a ``whole`` model.
+    """
     injection, prefix, root = require(model)
     refuse_disabled(injection, "load")
     reshard(root)
     switch(injection, root, merged=False)
-    reset_buffers(injection, root, given={n.removeprefix(prefix) for n in state})
+    names = {name.removeprefix(prefix) for name in state}
+    reset_buffers(injection, root, given=names)
+    if not whole:
+        injection.moved = names & set(base_weights(injection, root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -47,8 +48,17 @@ def sketch_of(parameters: list[Tensor]) -> dict[str, str]:
     }
 
 
-def difference(ours: dict[str, Any], theirs: dict[str, Any], *, values: bool = True) -> str | None:
-    """Why two fingerprints cannot be of one base, or None if they can; without ``values`` names and shapes decide."""
+def difference(
+    ours: dict[str, Any], theirs: dict[str, Any], *, values: bool = True, but_for: Collection[int] = ()
+) -> str | None:
+    """Why two fingerprints cannot be of one base, or None if they can.
+
+    Args:
+        ours: of the model at hand.
+        theirs: of a file.
+        values: False to let names and shapes decide.
+        but_for: numbers of those parameters whose values do not matter.
+    """
     if ours["structure"] != theirs["structure"]:
         return (
             f"names or shapes differ (here {ours['class']} with {ours['parameters']:,} parameters, in the file"
@@ -60,6 +70,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], *, values: bool = T
     if a.shape != b.shape:
         return "another set of parameters is frozen"
     both = ~(a.isnan() | b.isnan())
+    for number in but_for:
+        both[number * SAMPLES : (number + 1) * SAMPLES] = False
     loose = ours["dtype"] != theirs["dtype"]
     allowed = _TOLERANCE * torch.maximum(a.abs(), b.abs())[both] + 1e-6 if loose else torch.zeros(())
     far = (a - b).abs()[both] > allowed

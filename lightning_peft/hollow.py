@@ -13,8 +13,9 @@ from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.fingerprint import sketch_of
 from lightning_peft.injection import inject
 from lightning_peft.method import Method
+from lightning_peft.samples import Samples
 from lightning_peft.sharding import reshard, whole, write
-from lightning_peft.trainable import find, persistent_buffers, require
+from lightning_peft.trainable import base_weights, find, persistent_buffers, require
 
 
 def is_hollow(model: nn.Module) -> bool:
@@ -68,7 +69,7 @@ def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     >>> net = nn.Sequential(nn.Linear(2, 2)); state = net.state_dict()
     >>> inject(net, LoRA()); load_base(net, state)
     """
-    root = require(model)[2]
+    injection, _, root = require(model)
     reshard(root)
     targets = dict(base_tensors(root))
     lost = sorted(n for n, t in targets.items() if n not in state or state[n].shape != t.shape)
@@ -76,6 +77,7 @@ def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"The state dict lacks {', '.join(lost[:4])} of {type(root).__name__}, or in that shape.")
     for name, tensor in targets.items():
         write(tensor, state[name])
+    injection.samples.update(base_weights(injection, root))
 
 
 def base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -107,6 +109,7 @@ def settle_base(model: nn.Module) -> bool:
     reshard(root)
     parameters = {n: p for n, p in base_tensors(root) if isinstance(p, nn.Parameter)}
     injection.base |= sketch_of([whole(parameters[n].detach()) for n in sorted(parameters)])
+    injection.samples = Samples(base_weights(injection, root))
     injection.buffers = {n: b.detach().clone() for n, b in persistent_buffers(root).items()}
     return True
 

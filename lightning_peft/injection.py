@@ -19,12 +19,14 @@ from lightning_peft.match import as_patterns
 from lightning_peft.method import Method, brief
 from lightning_peft.quantized import bits
 from lightning_peft.readers import RootReader, close_to_readers, open_to_readers
+from lightning_peft.samples import Samples
 from lightning_peft.sharding import reshard, write
 from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
 from lightning_peft.trainable import (
     MARK,
     Injection,
     adapted_modules,
+    base_weights,
     find,
     network,
     persistent_buffers,
@@ -115,6 +117,8 @@ def place(
     keep = {id(p) for p in thawed} if not is_complete(methods) else set()
     injection.trained = [n for n, p in root.named_parameters() if p.requires_grad]
     injection.frozen = [n for n, p in root.named_parameters() if not p.requires_grad]
+    if not is_complete(methods):
+        injection.samples = Samples(base_weights(injection, root))
     injection.buffers = {n: b.detach().clone() for n, b in persistent_buffers(root).items()}
     injection.before = {n: p.detach().clone() for n, p in root.named_parameters() if id(p) in keep}
     root.__dict__[MARK] = injection

@@ -15,6 +15,7 @@ from lightning_peft.errors import PEFTError
 from lightning_peft.match import is_metric
 from lightning_peft.method import Method
 from lightning_peft.readers import RootReader
+from lightning_peft.samples import Samples
 from lightning_peft.sharding import named_parameters, unwrapped
 
 MARK = "_lightning_peft"
@@ -33,6 +34,8 @@ class Injection:
     frozen: list[str] = field(default_factory=list)
     before: dict[str, Tensor] = field(default_factory=dict)  # start values of base parameters that train
     buffers: dict[str, Tensor] = field(default_factory=dict)  # start values of buffers
+    samples: Samples = field(default_factory=lambda: Samples({}))  # of the frozen weights of the base, at injection
+    moved: set[str] = field(default_factory=set)  # names of those that a loaded file has brought with it
     outside: dict[str, Tensor] = field(default_factory=dict)  # the same for buffers beside the network, by full name
     flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before, by name before wrapping
     summary: dict[str, Any] | None = None  # counts, and shapes by full name, before a strategy flattened parameters
@@ -112,7 +115,7 @@ def state_names(model: nn.Module) -> list[str]:
     """Frozen tensors and buffers that inference needs beside the trained ones; empty for plain LoRA.
 
     That is what the method declares, the buffers of modules trained in full, statistics that moved since injection,
-    and the buffers a LightningModule keeps beside its network.
+    the buffers a LightningModule keeps beside its network, and frozen weights that the module has moved itself.
     """
     injection, prefix, root = require(model)
     outside = {n: b for n, b in persistent_buffers(model).items() if n in injection.outside} if prefix else {}
@@ -120,6 +123,7 @@ def state_names(model: nn.Module) -> list[str]:
     names = {unwrapped(n) for m in injection.methods for n in m.state_names(root)}
     names |= {n for n in injection.buffers if any(n.startswith(s + ".") for s in injection.saved)}
     names |= {n for n, old in injection.buffers.items() if n in tensors and moved(old, tensors[n])}
+    names |= moved_weights(injection, root)
     beside = [n for n, b in outside.items() if moved(injection.outside[n], b)]
     return [prefix + n for n in tensors if n in names and n not in injection.trained] + beside
 
@@ -130,8 +134,26 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name."""
-    return dict(named_parameters(model)) | {unwrapped(n): b for n, b in model.named_buffers()}
+    """All parameters and buffers by name; of merged layers those of the base, which will be there again."""
+    tensors = dict(named_parameters(model)) | {unwrapped(n): b for n, b in model.named_buffers()}
+    for name, layer in adapted_modules(model):
+        for own_name, original in layer._adapter.originals.items():
+            tensors[f"{unwrapped(name)}.{own_name}" if name else own_name] = original
+    return tensors
+
+
+def base_weights(injection: Injection, root: nn.Module) -> dict[str, Tensor]:
+    """The parameters that stay frozen and are no part of an adapter, by name."""
+    added, parameters = adapter_tensors(root), model_tensors(root)
+    names = [name for name in injection.flags if name in parameters and name not in injection.trained]
+    return {name: parameters[name] for name in names if id(parameters[name]) not in added}
+
+
+def moved_weights(injection: Injection, root: nn.Module) -> set[str]:
+    """Frozen weights that have other values than at injection: moved by the module itself, or by a file."""
+    if injection.summary is not None:  # flattened by a strategy: each process holds pieces
+        return injection.moved
+    return injection.moved | set(injection.samples.moved(base_weights(injection, root)))
 
 
 def required_names(model: nn.Module) -> list[str]:

@@ -20,7 +20,14 @@ from lightning_peft.sections import (  # noqa: F401  (part of them for those who
     verify_keys,
     verify_section,
 )
-from lightning_peft.trainable import Injection, model_tensors, require, required_names
+from lightning_peft.trainable import (
+    Injection,
+    base_weights,
+    model_tensors,
+    moved_weights,
+    require,
+    required_names,
+)
 
 
 def method_from(entry: Mapping[str, Any], where: str) -> Method:
@@ -51,16 +58,29 @@ def verify(model: nn.Module, info: Mapping[str, Any], where: str, *, values: boo
             f"{where} trains {_listed(info['modules_to_save'])} in full, the model {_listed(injection.saved)}."
             " Use the same modules_to_save."
         )
-    reason = difference(injection.base, info["base"], values=values)
+    reason = other_values(injection, info, values=values)
     if reason:
         raise CheckpointError(other_base(where, info, injection.base, reason))
 
 
+def other_values(injection: Injection, info: Mapping[str, Any], *, values: bool = True) -> str | None:
+    """Why the base of a model is not the one that a file was made with, or None.
+
+    The values of weights that the file brings with it do not matter: the module had moved them.
+    """
+    brought = {name.removeprefix(info["network"]) for name in info["keys"]}
+    frozen = sorted(set(injection.flags) - set(injection.trained))
+    but_for = [number for number, name in enumerate(frozen) if name in brought]
+    return difference(injection.base, info["base"], values=values, but_for=but_for)
+
+
 def verify_tensors(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Raise unless names and shapes of ``state`` are those of the adapter in ``model``."""
+    injection, prefix, root = require(model)
     needed, tensors = required_names(model), model_tensors(model)
     missing = [n for n in needed if n not in state]
-    known = set(needed) | set(dict(model.named_buffers()))  # statistics travel only when they moved
+    # statistics and frozen weights travel only when they moved
+    known = {*needed, *dict(model.named_buffers()), *(prefix + name for name in base_weights(injection, root))}
     extra = [n for n in state if n not in known]
     if missing or extra:
         raise CheckpointError(misfit(where, missing, extra))
@@ -79,6 +99,12 @@ def verify_tensors(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     if kinds:
         raise CheckpointError(f"{where} has tensors of another type than the model: {some(kinds)}.")
     verify_finite({n: state[n] for n in needed}, where)
+    lost = [prefix + name for name in moved_weights(injection, root) if prefix + name not in state]
+    if lost:
+        raise CheckpointError(
+            f"{where} was saved before {some(lost)} moved, which the module has moved since then, and there is no copy"
+            " to put back. Build the model again, and load it there."
+        )
 
 
 def other_base(where: str, info: Mapping[str, Any], ours: Mapping[str, Any], reason: str) -> str:

@@ -20,7 +20,7 @@ LAYERS = [
     ["errors"],
     ["requirements"],
     ["paths", "header", "bytecode", "format1", "untrusted"],
-    ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
+    ["quantized", "samples", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
     ["readers"],
     ["match", "bottleneck.sites"],

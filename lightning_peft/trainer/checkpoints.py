@@ -30,19 +30,16 @@ if TYPE_CHECKING:
 
 def filter_state(module: nn.Module, state: dict[str, Any], prefix: str, save: str | None) -> None:
     """Keep only the adapter in the state dict; a full one holds the base as it is without the adapter."""
-    if save == "full":
-        _unmerged(module, state, prefix)
-        return
-    keep = {prefix + n for n in adapter_names(module)}
-    for key in [k for k in state if k.startswith(prefix) and k not in keep]:
-        del state[key]
-
-
-def _unmerged(module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Write the original base weights while merged ones stand in their place: reloading merges once, not twice."""
+    if save != "full":
+        keep = {prefix + n for n in adapter_names(module)}
+        for key in [k for k in state if k.startswith(prefix) and k not in keep]:
+            del state[key]
+    # While merged weights stand in their place the originals are written: reloading merges once, not twice.
     for name, layer in adapted_modules(module):
-        for key, original in layer._adapter.originals.items():
-            state[f"{prefix}{name}.{key}"] = original.detach()
+        for own_name, original in layer._adapter.originals.items():
+            key = f"{prefix}{name}.{own_name}"
+            if key in state:
+                state[key] = original.detach()
 
 
 def forgive_frozen(module: nn.Module, incompatible: Any) -> None:
@@ -86,6 +83,10 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
         keep = set(adapter_names(module))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
     info = section(module) | {"save": save}
+    if checkpoint.get("state_dict"):
+        # Averaged weights stand in this state. Where averaging has not begun, frozen ones in it have not moved yet.
+        optional = set(adapter_names(module)) - set(required_names(module)) - checkpoint["state_dict"].keys()
+        info["keys"] = [name for name in info["keys"] if name not in optional]
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = states_for_file(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
@@ -181,7 +182,7 @@ def compare(module: L.LightningModule, checkpoint: dict[str, Any]) -> dict[str, 
         fitted = fitting(module, state, info, "The checkpoint", hollow=hollow)
     _take_resume(module, checkpoint, info)
     checkpoint["state_dict"] = fitted
-    make_way(module, fitted)
+    make_way(module, fitted, whole=info.get("save") == "full")
     return info
 
 

@@ -82,7 +82,7 @@ def _load_whole(module: L.LightningModule, state: Mapping[str, Tensor], info: Ma
     if find(module) is None:
         inject_from(module, info, where, values=False)
     state = fitting_whole(module, state, info, where)
-    make_way(module, state)
+    make_way(module, state, whole=True)
     Session.on(module).keep_small("full")
     module.load_state_dict(state)
 

@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_peft.errors import CheckpointError
-from lightning_peft.fingerprint import difference
 from lightning_peft.hollow import settle_base, waits
 from lightning_peft.injection import SESSION
 from lightning_peft.lightning_packages import every, rank_zero_warn
@@ -48,7 +47,7 @@ from lightning_peft.trainer.driving import Transfer
 from lightning_peft.trainer.loading import loader_for
 from lightning_peft.trainer.optimizer_states import arrange_states
 from lightning_peft.trainer.strategies import explained, filters_itself, loads_late, settings
-from lightning_peft.verify import other_base
+from lightning_peft.verify import other_base, other_values
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -175,10 +174,10 @@ class Session:
         """Compare a base that was loaded late with that of the checkpoint."""
         theirs, self._unseen_base = self._unseen_base, None
         if settle_base(self.module) and theirs is not None:
-            ours = require(self.module)[0].base
-            reason = difference(ours, theirs["base"])
+            injection = require(self.module)[0]
+            reason = other_values(injection, theirs)
             if reason:
-                raise CheckpointError(other_base("The checkpoint", theirs, ours, reason))
+                raise CheckpointError(other_base("The checkpoint", theirs, injection.base, reason))
 
     def settle_optimizers(self, trainer: L.Trainer) -> None:
         """Bring the optimizer states of a checkpoint into the order of the optimizers that are there by now."""
