@@ -83,10 +83,11 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
         keep = set(adapter_names(module))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
     info = section(module) | {"save": save}
-    if checkpoint.get("state_dict"):
-        # Averaged weights stand in this state. Where averaging has not begun, frozen ones in it have not moved yet.
-        optional = set(adapter_names(module)) - set(required_names(module)) - checkpoint["state_dict"].keys()
-        info["keys"] = [name for name in info["keys"] if name not in optional]
+    state = checkpoint.get("state_dict")
+    if state:
+        # It may hold averaged weights. Where averaging has not begun, frozen ones among them have not moved yet.
+        required = set(required_names(module))
+        info["keys"] = [name for name in info["keys"] if name in state or name in required]
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = states_for_file(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
