@@ -8,6 +8,9 @@ would take as much memory as the base.
 So a few values of every frozen weight are remembered, spread evenly over it, and compared bit by bit: a weight has
 moved if one of them has. Averages move all values of a tensor, so a sample is enough for them. What writes into a few
 places of a large frozen tensor (single rows of an embedding) can be overlooked.
+
+Weight averaging is another matter: Lightning's callback averages frozen weights with themselves, ``0.9 w + 0.1 w``, and
+what is rounded there is no reason to save the base. Where it takes part, changes within `ROUNDING` do not count.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 
 #: values of each weight; all of a smaller one
 COUNT = 64
+#: what averaging a value with itself may change in it over a run, relative to the value
+ROUNDING = 1e-3
 
 
 class Samples:
@@ -32,6 +37,7 @@ class Samples:
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.ignore_rounding = False
         self._values = _sampled({name: weight for name, weight in weights.items() if _is_readable(weight)})
 
     def __contains__(self, name: str) -> bool:
@@ -47,7 +53,8 @@ class Samples:
         A weight that cannot be read (a part of it is in another process, or it has no values) counts as unmoved.
         """
         known = {name: weights[name] for name in self._values if name in weights and _is_readable(weights[name])}
-        return [name for name, now in _sampled(known).items() if not _are_equal(self._values[name], now)]
+        equal = _are_close if self.ignore_rounding else _are_equal
+        return [name for name, now in _sampled(known).items() if not equal(self._values[name], now)]
 
 
 def _sampled(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,3 +87,8 @@ def _are_equal(start: Tensor, now: Tensor) -> bool:
     """Bit by bit, so that NaN equals itself. What a Trainer has cast to another type has not moved."""
     start = start.to(now.dtype)
     return start.shape == now.shape and torch.equal(start.view(torch.uint8), now.view(torch.uint8))
+
+
+def _are_close(start: Tensor, now: Tensor) -> bool:
+    start, now = start.double(), now.double()
+    return start.shape == now.shape and torch.allclose(now, start, rtol=ROUNDING, atol=0.0, equal_nan=True)

@@ -135,8 +135,12 @@ class Session:
     # ---- the module's checkpoints ----------------------------------------------------------------------------------
     def keep_small(self, save: str) -> None:
         """Make saving trainable-only and loading strict, from now on."""
-        if is_complete(require(self.module)[0].methods):
+        injection = require(self.module)[0]
+        if is_complete(injection.methods):
             save = "full"  # the whole state of the module, with all that a plain checkpoint holds
+        callbacks = self.module._trainer.callbacks if self.module._trainer is not None else []
+        if any(isinstance(callback, every("callbacks.WeightAveraging")) for callback in callbacks):
+            injection.samples.ignore_rounding = True
         known = self.save is not None
         self.save = save
         if known:

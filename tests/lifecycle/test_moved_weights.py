@@ -7,7 +7,7 @@ import copy
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
 from lightning_peft import (
@@ -214,3 +214,17 @@ def test_what_does_not_move_is_in_no_file(tmp_path):
     assert not state_names(module)
     module.bfloat16()
     assert not state_names(module)
+
+
+def test_beside_weight_averaging(tmp_path):
+    """Frozen weights that are averaged with themselves are rounded, and in no file; the teacher is, as it moves."""
+    fit(tmp_path / "a", module := Teaches(), STUDENT, EMAWeightAveraging(decay=0.9))
+    content = torch.load(tmp_path / "a" / "last.ckpt", weights_only=True)
+    names = {"teacher.2.weight", "teacher.2.bias"}
+    assert set(content["state_dict"]) == names | {n for n in adapter_state_dict(module) if n.startswith("student")}
+    load_adapter(Teaches(), tmp_path / "a" / "last.ckpt")
+    # averaging that has not begun: the average still holds the teacher of the start
+    late = EMAWeightAveraging(decay=0.9, update_starting_at_step=1000)
+    fit(tmp_path / "b", Teaches(), STUDENT, late, epochs=1)
+    load_adapter(other := Teaches(), tmp_path / "b" / "last.ckpt")
+    assert not state_names(other)
