@@ -21,17 +21,16 @@ _HOME = {
     ),
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
-    "lightning_peft.injection": ("inject", "unload"),
-    "lightning_peft.hollow": ("load_base",),
-    "lightning_peft.switching": ("disabled",),
-    "lightning_peft.trainable": ("trainable_names", "state_names"),
+    "lightning_peft.model.injection": ("inject", "unload"),
+    "lightning_peft.model.hollow": ("load_base",),
+    "lightning_peft.model.adapters": ("disabled", "trainable_names", "state_names"),
     "lightning_peft.bottleneck.placement": ("drop_layers",),
     "lightning_peft.methods.adapter_fusion": ("fusion_weights",),
-    "lightning_peft.merging": ("merge", "unmerge", "merge_and_unload"),
-    "lightning_peft.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
-    "lightning_peft.summary": ("summarize", "describe"),
-    "lightning_peft.combining": ("combine",),
-    "lightning_peft.export": ("save_merged",),
+    "lightning_peft.model.merging": ("merge", "unmerge", "merge_and_unload"),
+    "lightning_peft.saving.checkpoint": ("adapter_state_dict", "save_adapter", "load_adapter"),
+    "lightning_peft.model.summary": ("summarize", "describe"),
+    "lightning_peft.saving.combining": ("combine",),
+    "lightning_peft.saving.export": ("save_merged",),
     "lightning_peft.formats.peft": ("export_peft", "import_peft"),
     "lightning_peft.callbacks": (
         "PEFT",
@@ -60,8 +59,6 @@ if TYPE_CHECKING:
         PredictionWriter,
         TrainabilityCheck,
     )
-    from lightning_peft.checkpoint import adapter_state_dict, load_adapter, save_adapter
-    from lightning_peft.combining import combine
     from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
     from lightning_peft.errors import (
         CheckpointError,
@@ -73,18 +70,19 @@ if TYPE_CHECKING:
         TrainingError,
         WriteError,
     )
-    from lightning_peft.export import save_merged
     from lightning_peft.formats.peft import export_peft, import_peft
-    from lightning_peft.hollow import load_base
-    from lightning_peft.injection import inject, unload
-    from lightning_peft.merging import merge, merge_and_unload, unmerge
     from lightning_peft.method import Method
     from lightning_peft.methods import *  # noqa: F403
     from lightning_peft.methods.adapter_fusion import fusion_weights
+    from lightning_peft.model.adapters import disabled, state_names, trainable_names
+    from lightning_peft.model.hollow import load_base
+    from lightning_peft.model.injection import inject, unload
+    from lightning_peft.model.merging import merge, merge_and_unload, unmerge
+    from lightning_peft.model.summary import describe, summarize
     from lightning_peft.module import TaskModule
-    from lightning_peft.summary import describe, summarize
-    from lightning_peft.switching import disabled
-    from lightning_peft.trainable import state_names, trainable_names
+    from lightning_peft.saving.checkpoint import adapter_state_dict, load_adapter, save_adapter
+    from lightning_peft.saving.combining import combine
+    from lightning_peft.saving.export import save_merged
     from lightning_peft.trainer.reload import load_from_checkpoint
     from lightning_peft.trainer.session import inject_now
     from lightning_peft.trainer.strategies import FSDPWrapPolicy

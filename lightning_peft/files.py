@@ -26,7 +26,6 @@ from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import held, missing
 from lightning_peft.paths import locate as locate
 from lightning_peft.replacing import replacing
-from lightning_peft.sections import verify_finite, verify_keys, verify_section, without_aliases
 from lightning_peft.untrusted import settle_parameters
 
 
@@ -47,7 +46,7 @@ def write_adapter(path: Path, state: Mapping[str, Tensor], info: Mapping[str, An
 
 def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and section of an adapter file, a folder with one (``adapter.safetensors``), or a Lightning checkpoint,
-    one file or a folder of shards.
+    one file or a folder of shards, as they stand there: `SavedAdapter` looks at what they say.
 
     Raises:
         CheckpointError: missing (then also a FileNotFoundError), broken, unsafe, or not written by us.
@@ -61,14 +60,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
             " lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict(folder, file)."
         )
     if is_folder(place):
-        state, info = split(read_folder(place, optimizers=False), str(place))
-    else:
-        state, info = _read_file(_inside(place) if place.is_dir() else place)
-    verify_section(info, str(path))
-    state = without_aliases(state, info)
-    verify_keys(state, info, str(path))
-    verify_finite({n: state[n] for n in info["trainable"] if n in info["keys"]}, str(path))
-    return state, info
+        return split(read_folder(place, optimizers=False), str(place))
+    return _read_file(_inside(place) if place.is_dir() else place)
 
 
 def _read_file(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_peft.saving.section import Fingerprint
 
 SAMPLES = 4
 _TOLERANCE = 0.02  # float32 against float16 or bfloat16 differs by less, another base by more
 
 
-def fingerprint(model: nn.Module, skip: set[int]) -> dict[str, Any]:
+def fingerprint(model: nn.Module, skip: set[int]) -> Fingerprint:
     """Describe the parameters of ``model``.
 
     Args:
@@ -21,35 +23,33 @@ def fingerprint(model: nn.Module, skip: set[int]) -> dict[str, Any]:
         skip: ``id`` of parameters that will train; their start values do not matter.
 
     Returns:
-        ``structure``, a hash of names and shapes; ``sketch``, four bfloat16 values of each frozen parameter in hex
-        (``ffff`` where a value cannot be read: on the meta device, sharded or packed to 4 bits); ``values``, a short
-        hash of the sketch; ``class``, ``source`` and ``dtype`` for people.
+        Its sketch holds ``ffff`` where a value cannot be read: on the meta device, sharded or packed to 4 bits.
     """
     parameters = dict(sorted(model.named_parameters()))
     frozen = {n: p for n, p in parameters.items() if id(p) not in skip}
     names = "\n".join(f"{n}:{tuple(logical_shape(p))}" for n, p in parameters.items())
     config = getattr(model, "config", None)
-    return {
-        "structure": hashlib.sha256(names.encode()).hexdigest()[:16],
-        **sketch_of(list(frozen.values())),
-        "class": type(model).__name__,
-        "source": str(getattr(config, "_name_or_path", "") or ""),
-        "dtype": str(next((p.dtype for p in frozen.values() if p.is_floating_point()), "")).removeprefix("torch."),
-        "parameters": sum(logical_shape(p).numel() for p in parameters.values()),
-    }
+    without_values = Fingerprint(
+        structure=hashlib.sha256(names.encode()).hexdigest()[:16],
+        values="",
+        sketch="",
+        class_name=type(model).__name__,
+        source=str(getattr(config, "_name_or_path", "") or ""),
+        dtype=str(next((p.dtype for p in frozen.values() if p.is_floating_point()), "")).removeprefix("torch."),
+        parameters=sum(logical_shape(p).numel() for p in parameters.values()),
+    )
+    return with_values(without_values, list(frozen.values()))
 
 
-def sketch_of(parameters: list[Tensor]) -> dict[str, str]:
-    """The parts of a fingerprint that depend on values, for the frozen parameters in the order of their names."""
+def with_values(base: Fingerprint, parameters: list[Tensor]) -> Fingerprint:
+    """The fingerprint with the parts that depend on values, of the frozen parameters in the order of their names."""
     sketch = _sketch(parameters)
-    return {
-        "values": hashlib.sha256(sketch.encode()).hexdigest()[:16] if sketch.strip("f") else "",
-        "sketch": sketch,
-    }
+    values = hashlib.sha256(sketch.encode()).hexdigest()[:16] if sketch.strip("f") else ""
+    return dataclasses.replace(base, values=values, sketch=sketch)
 
 
 def difference(
-    ours: dict[str, Any], theirs: dict[str, Any], *, values: bool = True, but_for: Collection[int] = ()
+    ours: Fingerprint, theirs: Fingerprint, *, values: bool = True, but_for: Collection[int] = ()
 ) -> str | None:
     """Why two fingerprints cannot be of one base, or None if they can.
 
@@ -59,20 +59,20 @@ def difference(
         values: False to let names and shapes decide.
         but_for: numbers of those parameters whose values do not matter.
     """
-    if ours["structure"] != theirs["structure"]:
+    if ours.structure != theirs.structure:
         return (
-            f"names or shapes differ (here {ours['class']} with {ours['parameters']:,} parameters, in the file"
-            f" {theirs['class']} with {theirs['parameters']:,})"
+            f"names or shapes differ (here {ours.class_name} with {ours.parameters:,} parameters, in the file"
+            f" {theirs.class_name} with {theirs.parameters:,})"
         )
     if not values:
         return None
-    a, b = _values(ours["sketch"]), _values(theirs["sketch"])
+    a, b = _values(ours.sketch), _values(theirs.sketch)
     if a.shape != b.shape:
         return "another set of parameters is frozen"
     both = ~(a.isnan() | b.isnan())
     for number in but_for:
         both[number * SAMPLES : (number + 1) * SAMPLES] = False
-    loose = ours["dtype"] != theirs["dtype"]
+    loose = ours.dtype != theirs.dtype
     allowed = _TOLERANCE * torch.maximum(a.abs(), b.abs())[both] + 1e-6 if loose else torch.zeros(())
     far = (a - b).abs()[both] > allowed
     if far.any():

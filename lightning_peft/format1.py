@@ -7,9 +7,10 @@ names as they are read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # sections are read without torch
 
 FORMAT_VERSION = 2
 

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.checkpoint import inject_from
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import SECTION
+from lightning_peft.format1 import upgraded_section
 from lightning_peft.lightning_packages import L, LightningModule, every, rank_zero_info, restricted_classmethod
+from lightning_peft.model.adapters import Adapters
+from lightning_peft.saving.checkpoint import inject_saved
+from lightning_peft.saving.section import Section
 from lightning_peft.task.batches import check_labels
 from lightning_peft.task.hyperparameters import check, numbered, package_of_cli, plain_options, tidy, unstorable
 from lightning_peft.task.kinds import find_task
@@ -27,7 +30,6 @@ from lightning_peft.task.objectives import custom_loss, task_loss
 from lightning_peft.task.optimization import build_optimizer, linear_schedule
 from lightning_peft.task.predictions import predict
 from lightning_peft.task.speed import Speed
-from lightning_peft.trainable import find
 from lightning_peft.trainer.reload import rebuild
 from lightning_peft.trainer.session import Session
 
@@ -197,10 +199,10 @@ class TaskModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adapt the network as the checkpoint describes, if nothing else has; the strict load follows."""
-        if SECTION in checkpoint and find(self) is None:
-            save = checkpoint[SECTION].get("save", "trainable")
-            inject_from(self, checkpoint[SECTION], "The checkpoint", values=save != "full")
-            Session.on(self).keep_small(save)
+        if SECTION in checkpoint and Adapters.find(self) is None:
+            section = Section.parse(upgraded_section(checkpoint[SECTION]), "The checkpoint")
+            inject_saved(self, section, values=not section.full)
+            Session.on(self).keep_small("full" if section.full else "trainable")
             self.on_load_checkpoint(checkpoint)  # now the installed hook, which compares and makes way
 
     # ---- training --------------------------------------------------------------------------------------------------

@@ -52,11 +52,11 @@ class RootReader:
         self.depths: dict[int, int] = {}
 
     def switch(self, root: nn.Module, on: bool) -> None:
-        """Set the hooks, or take them away."""
+        """Set the hooks, or take them away; a root that reads nothing gets none."""
         for handle in self.handles:
             handle.remove()
         self.handles, self.depths = [], {}
-        if on:
+        if on and self.paths:
             self.handles.append(root.register_forward_pre_hook(self.open))
             self.handles.append(root.register_forward_hook(self.close, always_call=True))
 
@@ -106,7 +106,7 @@ def open_to_readers(root: nn.Module) -> tuple[RootReader, list[tuple[str, Any]]]
                 adapt(reader, ReadingParent, None, name=reader_name)
             reader._adapter.reads += tuple(paths)
     root_reader = RootReader(of_root)
-    root_reader.switch(root, bool(of_root))
+    root_reader.switch(root, True)
     return root_reader, found
 
 

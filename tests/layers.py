@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.lowrank import LowRank
-from lightning_peft.trainable import adapted_modules
+from lightning_peft.model.adapters import adapted_modules
 
 
 class Experts(nn.Module):

@@ -8,15 +8,15 @@ import transformers
 from torch import nn
 
 from lightning_peft import LoRA, LoRAFA, adapter_state_dict, inject, save_adapter
-from lightning_peft.checkpoint import section
 from lightning_peft.files import read, write_adapter
+from lightning_peft.saving.saved_adapter import SavedAdapter
 
 
 def test_a_safetensors_file_may_start_like_a_pickle(tmp_path):
     """Its first byte is the low one of a length; 0x80, with which every pickle begins, is one of 32."""
     net, starts = nn.Sequential(nn.Linear(2, 2)), set()
     inject(net, LoRA(r=1))
-    state, info = adapter_state_dict(net), section(net)
+    state, info = adapter_state_dict(net), SavedAdapter.of(net).section.as_dict()
     for size in range(0, 320, 8):
         path = tmp_path / f"{size}.safetensors"
         write_adapter(path, state, info | {"note": "x" * size})
@@ -35,7 +35,7 @@ def test_a_header_is_short_and_says_everything(method, kib, tmp_path):
     state, info = read(tmp_path / "a.safetensors")
     there = (tmp_path / "a.safetensors").stat().st_size
     assert len(state) == 420 and there - sum(t.nbytes for t in state.values()) <= kib * 1024
-    expected = json.loads(json.dumps(section(net)))
+    expected = json.loads(json.dumps(SavedAdapter.of(net).section.as_dict()))
     for key in ("keys", "trainable"):
         assert sorted(info.pop(key)) == sorted(expected.pop(key))
     assert info.pop("checksum") and info == expected

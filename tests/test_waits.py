@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft import PEFT, AdaLoRA, ConfigError, LoRAFA, PTuning, inject
 from lightning_peft.methods.ptuning import ArrivingCounts, Placeholders
-from lightning_peft.trainable import adapted_modules
+from lightning_peft.model.adapters import adapted_modules
 from lightning_peft.trainer.driving import add_loss_terms
 from tests.contract.battery import CONFIGS, example
 from tests.device import DEVICE, Machine, Remote, WaitError, move

@@ -6,13 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from lightning_peft.files import ADAPTER, write_adapter
+from lightning_peft.files import ADAPTER
 from lightning_peft.formats.card import card
 from lightning_peft.lightning_packages import Callback, every, rank_zero_warn
+from lightning_peft.model.summary import summarize
 from lightning_peft.replacing import replacing
-from lightning_peft.summary import summarize
+from lightning_peft.saving.saved_adapter import SavedAdapter
 from lightning_peft.trainer.best import best_adapter, best_path
 from lightning_peft.trainer.strategies import readable
 
@@ -64,25 +63,22 @@ def _log_artifact(
     logger: L.loggers.WandbLogger,
     trainer: L.Trainer,
     pl_module: L.LightningModule,
-    state: dict[str, Tensor],
-    info: dict[str, Any],
+    saved: SavedAdapter,
     monitored: bool,
 ) -> None:
     import wandb
 
     run = logger.experiment
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), trainer, pl_module, state, info)
+        write_folder(Path(folder), trainer, pl_module, saved)
         artifact = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=record(pl_module))
         artifact.add_dir(folder)
         run.log_artifact(artifact, aliases=["latest", "best" if monitored else "last"])
 
 
-def write_folder(
-    folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, state: dict[str, Tensor], info: dict[str, Any]
-) -> None:
+def write_folder(folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, saved: SavedAdapter) -> None:
     """The adapter and its card."""
-    write_adapter(folder / ADAPTER, state, info)
+    saved.write(folder / ADAPTER)
     data = getattr(getattr(trainer.datamodule, "hparams", None), "data", None)
     text = card(
         pl_module, library="lightning_peft", data=None if data is None else str(data), metrics=_metrics(trainer)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_peft.callbacks.peft import PEFT
-from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import ConfigError, MergeError
-from lightning_peft.export import check_target, float_base, save_merged
 from lightning_peft.files import near
 from lightning_peft.lightning_packages import Callback, rank_zero_info, rank_zero_warn
-from lightning_peft.merging import merge, obstacle, packed_obstacle
 from lightning_peft.method import Method
-from lightning_peft.trainable import find, require
+from lightning_peft.model.adapters import Adapters
+from lightning_peft.model.merging import merge, obstacle, packed_obstacle
+from lightning_peft.saving.checkpoint import load_adapter
+from lightning_peft.saving.export import check_target, float_base, save_merged
 from lightning_peft.trainer.best import best_path
 from lightning_peft.trainer.strategies import loads_late, readable
 
@@ -55,17 +55,17 @@ class MergeOnFitEnd(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check methods that the module injected itself in ``configure_model``."""
-        if find(pl_module) is None:
+        adapters = Adapters.find(pl_module)
+        if adapters is None:
             raise MergeError("MergeOnFitEnd found no adapters. Add PEFT(LoRA(...)) to the Trainer's callbacks.")
-        methods = require(pl_module)[0].methods
         if self.dirpath:
-            check_target(Path(self.dirpath).expanduser(), require(pl_module)[2])
-        if self.dirpath and any(not m.mergeable for m in methods):
-            self._check(methods)
+            check_target(Path(self.dirpath).expanduser(), adapters.network)
+        if self.dirpath and any(not m.mergeable for m in adapters.methods):
+            self._check(adapters.methods)
         if reason := obstacle(pl_module):
             # better now than after hours of training
             if self.dirpath and packed_obstacle(pl_module):
-                float_base(require(pl_module)[2], reason)
+                float_base(adapters.network, reason)
             elif self.dirpath:
                 raise MergeError(f"MergeOnFitEnd(dirpath={self.dirpath!r}) cannot merge {reason}")
             rank_zero_warn(f"MergeOnFitEnd leaves the adapters beside the base: {reason}")
@@ -73,7 +73,7 @@ class MergeOnFitEnd(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load, merge, write."""
         self._restore(trainer, pl_module)
-        if any(not m.mergeable for m in require(pl_module)[0].methods):
+        if any(not m.mergeable for m in Adapters.of(pl_module).methods):
             return
         if obstacle(pl_module) is None:
             merge(pl_module)
@@ -119,7 +119,7 @@ class MergeOnFitEnd(Callback):
 
 
 def _methods(trainer: L.Trainer, pl_module: L.LightningModule) -> list[Method] | None:
-    found = find(pl_module)
-    if found is not None:
-        return found[0].methods
+    adapters = Adapters.find(pl_module)
+    if adapters is not None:
+        return adapters.methods
     return next((c.methods for c in trainer.callbacks if isinstance(c, PEFT)), None)

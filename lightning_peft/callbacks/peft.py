@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_peft.checkpoint import load_adapter, withdraw
 from lightning_peft.errors import ConfigError, PEFTError, TrainingError
-from lightning_peft.hollow import inject_hollow, is_hollow
-from lightning_peft.injection import as_methods, inject
 from lightning_peft.lightning_packages import Callback, every, is_overridden, package_of, rank_zero_info
 from lightning_peft.method import Method
-from lightning_peft.summary import describe, keep_sizes
-from lightning_peft.switching import is_complete, settle_flags, switch
-from lightning_peft.trainable import find, frozen_statistics, require
+from lightning_peft.model.adapters import Adapters
+from lightning_peft.model.hollow import inject_hollow, is_hollow
+from lightning_peft.model.injection import as_methods, inject
+from lightning_peft.model.summary import describe, keep_sizes
+from lightning_peft.saving.checkpoint import load_adapter
 from lightning_peft.trainer.checks import (
     check_loss,
     check_not_adapted,
@@ -109,7 +108,7 @@ class PEFT(Callback):
 
     def ensure(self, pl_module: L.LightningModule, stage: str) -> None:
         """Inject unless that was done, make the module's checkpoints small; training goes on from unmerged weights."""
-        fresh = find(pl_module) is None
+        fresh = Adapters.find(pl_module) is None
         if fresh and self.methods is None and self.init_from is None:
             raise ConfigError(
                 "PEFT() needs a method such as PEFT(LoRA(r=8)) (in a command --peft LoRA), or init_from=PATH of a saved"
@@ -124,25 +123,26 @@ class PEFT(Callback):
         if pl_module._trainer is not None and not readable(pl_module.trainer):
             keep_sizes(pl_module)
         if stage == "fit":  # here and not in on_fit_start: the learning-rate finder trains in its own on_fit_start
-            injection, _, root = require(pl_module)
-            switch(injection, root, merged=False)
+            adapters = Adapters.of(pl_module)
+            adapters.switch(merged=False)
             # Under full fine-tuning it is the user's choice what is frozen, as it is without this callback.
-            if not is_complete(injection.methods):
-                settle_flags(injection, root)
+            if not adapters.complete:
+                adapters.settle_flags()
 
     def _start_from(self, pl_module: L.LightningModule, path: str) -> None:
         try:
             load_adapter(pl_module, path)
         except PEFTError:
-            if find(pl_module) is not None:
-                withdraw(pl_module)
+            adapters = Adapters.find(pl_module)
+            if adapters is not None:
+                adapters.remove()
             raise
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what trains, and make sure that it does."""
         check_nothing_new(pl_module)
         check_methods(trainer, pl_module)
-        check_pruning(trainer, require(pl_module)[0].methods)
+        check_pruning(trainer, Adapters.of(pl_module).methods)
         check_sharding(trainer, pl_module)
         check_optimizers(trainer, pl_module)
         check_rates(trainer, pl_module)
@@ -155,7 +155,7 @@ class PEFT(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find frozen statistics; read the length of the run."""
         Session.on(pl_module).check_base()
-        self._frozen = frozen_statistics(pl_module)
+        self._frozen = Adapters.of(pl_module).frozen_statistics()
         self._steps_done = trainer.global_step
         total = trainer.estimated_stepping_batches
         self._total_steps = int(total) if total != float("inf") else None
@@ -199,7 +199,7 @@ class PEFT(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Undo what only the run needed; a run that failed before there were adapters leaves nothing."""
         session = Session.of(pl_module)
-        if session is not None and find(pl_module) is not None:
+        if session is not None and Adapters.find(pl_module) is not None:
             session.end_run()
         elif session is not None:
             session.remove()
@@ -243,7 +243,7 @@ class PEFT(Callback):
                     f" Trainer(callbacks=[PEFT(...), {type(callback).__name__}(...)])."
                 )
         swa = any(isinstance(c, stochastic) for c in trainer.callbacks)
-        if swa and stage == "fit" and is_overridden("configure_model", pl_module) and find(pl_module) is None:
+        if swa and stage == "fit" and is_overridden("configure_model", pl_module) and Adapters.find(pl_module) is None:
             raise TrainingError(
                 "StochasticWeightAveraging copies the module before `configure_model` has run. Build the network in"
                 " `__init__`, or use WeightAveraging / EMAWeightAveraging."

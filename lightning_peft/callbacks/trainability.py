@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_peft.errors import TrainingError
 from lightning_peft.lightning_packages import Callback, rank_zero_warn
 from lightning_peft.match import candidates, matcher
+from lightning_peft.model.adapters import Adapters, adapted_modules, trainable_names
 from lightning_peft.sharding import named_parameters, plain_name, whole
-from lightning_peft.trainable import adapted_modules, find, trainable_names
 from lightning_peft.trainer.strategies import readable
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ def _gradient_message(lacking: dict[str, str], total: int, model: nn.Module) -> 
     if "broken" in kinds:
         reason = "The loss is NaN or infinite: lower the learning rate, or look at the data."
     elif blocking:
-        found = find(model)
-        method = type(found[0].methods[0]).__name__ if found else "the method"
+        adapters = Adapters.find(model)
+        method = type(adapters.methods[0]).__name__ if adapters else "the method"
         names = ", ".join(blocking[:3])
         reason = (
             f"The weights of {names} are all zero and frozen, so no gradient passes through. If that is a new head,"
@@ -219,9 +219,9 @@ def _gradient_message(lacking: dict[str, str], total: int, model: nn.Module) -> 
 
 def _frozen_zero_layers(model: nn.Module) -> list[str]:
     """Names of the frozen linear and convolution layers, without adapters, whose weights are all zero."""
-    found = find(model)
+    adapters = Adapters.find(model)
     names = []
-    for name, module in candidates(found[2] if found else model).items():
+    for name, module in candidates(adapters.network if adapters else model).items():
         weight = module._parameters.get("weight")
         if weight is None or weight.ndim < 2 or weight.requires_grad or isinstance(module, nn.Embedding):
             continue

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.checkpoint import load_adapter
 from lightning_peft.errors import CheckpointError, PEFTError
-from lightning_peft.files import SECTION, load_checkpoint, locate, read
+from lightning_peft.files import load_checkpoint, locate
 from lightning_peft.requirements import require_package
+from lightning_peft.saving.checkpoint import load_saved
+from lightning_peft.saving.saved_adapter import SavedAdapter
 from lightning_peft.task.kinds import find_task
 from lightning_peft.task.loading import explained, label_options, load, load_tokenizer, quiet, resolve
 from lightning_peft.untrusted import short, without_code, without_places
-from lightning_peft.verify import verify_section
 
 #: the constructor arguments that are read from a file, and their types
 _MODEL = {
@@ -48,39 +48,39 @@ def open_adapter(path: str, base: str | None) -> Opened:
     Raises:
         PEFTError: no adapter, or its base cannot be found or built.
     """
-    state, info = read(path)
-    verify_section(info, path)
-    record = _record(path, str(info["base"].get("source") or ""))
+    saved = SavedAdapter.read(path)
+    record = _record(path, saved.section.base.source)
     given = record["model"]
-    source = base or given.get("model") or info["base"].get("source")
+    source = base or given.get("model") or saved.section.base.source
     if not source:
         raise PEFTError(f"{path} does not say where its base came from: give --base PATH (hub id, folder or .gguf).")
-    network = _build(path, source, given, state, info)
-    load_adapter(network, {"state_dict": state, SECTION: info})
+    network = _build(path, source, given, saved)
+    load_saved(network, saved)
     named = given.get("tokenizer") or record["data"].get("tokenizer") or source
     tokenizer = load_tokenizer(named) if isinstance(named, str) else None
     return Opened(network.eval(), tokenizer, _data(record["data"]), record["metrics"])
 
 
-def _build(path: str, source: Any, given: Mapping[str, Any], state: Mapping[str, Tensor], info: Any) -> nn.Module:
+def _build(path: str, source: Any, given: Mapping[str, Any], saved: SavedAdapter) -> nn.Module:
     """The base, in the precision it had; never in few bits: what is merged or exported is computed in floats."""
+    described = saved.section.base
     options = {"trust_remote_code": False, **(given.get("model_kwargs") or {})}
     options.pop("quantization_config", None)
-    options.setdefault("dtype", info["base"]["dtype"] or "float32")
-    labels = given.get("label_names") or info.get("labels")  # the names it was trained with
+    options.setdefault("dtype", described.dtype or "float32")
+    labels = given.get("label_names") or saved.section.labels  # the names it was trained with
     if isinstance(source, Mapping):
         return load(source, find_task(given.get("task")), labels, options)[0]
     transformers = require_package("transformers", f"{path}: its base, {source!r},")
-    kind = getattr(transformers, info["base"]["class"], None)
+    kind = getattr(transformers, described.class_name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise PEFTError(
-            f"{path}: its base is a {info['base']['class']}, which is no class of transformers, so it cannot be built"
+            f"{path}: its base is a {described.class_name}, which is no class of transformers, so it cannot be built"
             " here. In Python: load_adapter(network, path), then export_peft or save_merged(network, folder)."
         )
     place, extra = resolve(source)
     extra = extra or _gguf(Path(place))
     task = label_options(find_task(given["task"]), labels) if "task" in given else {}
-    options = {**extra, **options, **_labels(labels, state, info), **task}
+    options = {**extra, **options, **_labels(labels, saved), **task}
     with quiet(local=Path(place).exists()), explained(source, options):
         return kind.from_pretrained(place, ignore_mismatched_sizes=True, **options)
 
@@ -91,12 +91,13 @@ def _gguf(place: Path) -> dict[str, str]:
     return {"gguf_file": files[0].name} if len(files) == 1 else {}
 
 
-def _labels(labels: Any, state: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
+def _labels(labels: Any, saved: SavedAdapter) -> dict[str, Any]:
     """Names of the classes, or their number by the new head's last matrix."""
     if labels:
         return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    new = tuple(f"{info['network']}{name}." for name in info["new_modules"])
-    rows = [len(t) for n, t in state.items() if new and n.startswith(new) and t.ndim == 2]
+    new = tuple(f"{name}." for name in saved.section.new_modules)
+    tensors = saved.under("").tensors
+    rows = [len(t) for n, t in tensors.items() if new and n.startswith(new) and t.ndim == 2]
     return {"num_labels": rows[-1]} if rows else {}
 
 

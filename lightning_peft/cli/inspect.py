@@ -13,6 +13,7 @@ from lightning_peft.cli.arguments import Parser
 from lightning_peft.cli.peek import Peek, Stored, peek
 from lightning_peft.errors import CheckpointError, printable
 from lightning_peft.paths import locate, size
+from lightning_peft.saving.section import Section
 from lightning_peft.untrusted import short
 
 _LABEL = 10
@@ -33,7 +34,7 @@ def main(words: Sequence[str]) -> None:
     path = locate(parser.parse_args(words).CKPT)
     found = peek(path)
     try:
-        rows = _peft_rows(found) if found.section is None else _rows(found, found.section)
+        rows = _peft_rows(found) if found.section is None else _rows(found, Section.parse(found.section, str(path)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: its section is damaged ({type(error).__name__}: {short(error)}).") from None
     print(f"{printable(str(path))}{_size_of(path)}")
@@ -41,30 +42,28 @@ def main(words: Sequence[str]) -> None:
         _print(label, texts)
 
 
-def _rows(found: Peek, info: dict[str, Any]) -> list[tuple[str, list[str]]]:
+def _rows(found: Peek, section: Section) -> list[tuple[str, list[str]]]:
     """Label and lines."""
-    base, trainable = info["base"], set(info["trainable"])
+    base, trainable, targets = section.base, set(section.trainable), section.targets
     rows: list[tuple[str, list[str]]] = []
-    for entry in info["methods"]:
-        rows.append(("method", [entry["type"], _fields(entry["config"], _ELSEWHERE)]))
-    targets = [name for entry in info["methods"] for name in entry["targets"]]
+    for method in section.methods:
+        rows.append(("method", [method.type, _fields(method.config, _ELSEWHERE)]))
     rows.append(("targets", [f"{len(targets)} modules", *_folded(targets)] if targets else ["none"]))
-    if info["modules_to_save"]:
-        new = set(info["new_modules"])
-        rows.append(("in full", [n + (" (new)" if n in new else "") for n in info["modules_to_save"]]))
+    if section.modules_to_save:
+        new = set(section.new_modules)
+        rows.append(("in full", [n + (" (new)" if n in new else "") for n in section.modules_to_save]))
     count = sum(t.numel for n, t in found.tensors.items() if n in trainable)
-    total = base["parameters"]
-    rows.append(("trained", [f"{count:,} parameters beside a base of {total:,}"]))
-    source = f"from {base['source']}" if base.get("source") else "source unknown"
-    rows.append(("base", [f"{base['class']}, {base['dtype']}", source, f"fingerprint {base['values']}"]))
-    versions = [f"lightning_peft {info.get('library_version')}", f"format {info.get('format_version')}"]
-    versions += [f"{k} {v}" for k, v in info.get("versions", {}).items()]
+    rows.append(("trained", [f"{count:,} parameters beside a base of {base.parameters:,}"]))
+    source = f"from {base.source}" if base.source else "source unknown"
+    rows.append(("base", [f"{base.class_name}, {base.dtype}", source, f"fingerprint {base.values}"]))
+    versions = [f"lightning_peft {section.library_version}", f"format {section.format_version}"]
+    versions += [f"{name} {version}" for name, version in section.versions.items()]
     versions += [f"lightning {found.facts['lightning']}"] if "lightning" in found.facts else []
     rows.append(("versions", [", ".join(versions)]))
     if "global_step" in found.facts:
         resume = "can be resumed" if found.facts["optimizer"] else "weights only"
         rows.append(("run", [f"step {found.facts['global_step']:,}, epoch {found.facts.get('epoch')}; {resume}"]))
-    rows.append(_tensors(found.tensors, info["network"]))
+    rows.append(_tensors(found.tensors, section.network))
     return rows
 
 

@@ -16,9 +16,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--base", help="hub id, folder or .gguf of the base, if the file does not name it")
     given = parser.parse_args(words)
     from lightning_peft.cli.base import open_adapter
-    from lightning_peft.export import save_merged
     from lightning_peft.files import near
-    from lightning_peft.summary import size
+    from lightning_peft.model.summary import size
+    from lightning_peft.saving.export import save_merged
 
     opened = open_adapter(given.CKPT, given.base)
     save_merged(opened.network, given.DIR, opened.tokenizer)

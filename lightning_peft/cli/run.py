@@ -26,11 +26,12 @@ from lightning_peft.cli.screen import finish
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
 from lightning_peft.data.tasks import TextTask
 from lightning_peft.errors import ConfigError, PEFTError
-from lightning_peft.files import locate, near, read
+from lightning_peft.files import locate, near
 from lightning_peft.lightning_packages import L, every, rank_zero_only
 from lightning_peft.method import Method, registry
 from lightning_peft.module import TaskModule
 from lightning_peft.replacing import replacing
+from lightning_peft.saving.saved_adapter import SavedAdapter
 from lightning_peft.task.labels import ask_checkpoint
 from lightning_peft.untrusted import only_known_imports, short
 
@@ -158,7 +159,7 @@ class PEFTCLI(LightningCLI):
                     f"--ckpt_path {path} is a folder; give a .ckpt in it. PEFT(init_from=…) starts a new fit from an"
                     " adapter folder."
                 )
-            read(path)
+            SavedAdapter.read(path)
             if Path(path).suffix == ".safetensors":
                 raise PEFTError(
                     f"--ckpt_path {path} is an adapter by itself; the commands take a .ckpt. To start a fit from it:"
@@ -410,7 +411,7 @@ def _beside(words: list[str]) -> Path | None:
     """The config that fit wrote into the folder of the checkpoint or the one above; None without a checkpoint."""
     for path in (locate(p) for p in _values(words, "--ckpt_path")):
         if not os.path.exists(path):
-            read(path)  # says what is there
+            SavedAdapter.read(path)  # says what is there
         for folder in (path.parent, path.parent.parent):
             if (folder / "config.yaml").is_file():
                 return folder / "config.yaml"

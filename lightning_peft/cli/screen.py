@@ -8,9 +8,9 @@ from rich.console import Console
 
 from lightning_peft.callbacks import MergeOnFitEnd
 from lightning_peft.cli.folder import newest_checkpoint
-from lightning_peft.files import near, write_adapter
+from lightning_peft.files import near
 from lightning_peft.lightning_packages import L
-from lightning_peft.summary import size, summarize
+from lightning_peft.model.summary import size, summarize
 from lightning_peft.trainer.best import best_adapter, best_path
 
 
@@ -21,9 +21,9 @@ def finish(
     if not trainer.is_global_zero:
         return
     folder = Path(trainer.default_root_dir)
-    state, info, _ = best_adapter(trainer, model)
+    saved, _ = best_adapter(trainer, model)
     adapter = folder / "adapter.safetensors"
-    write_adapter(adapter, state, info)
+    saved.write(adapter)
     summary = summarize(model)
     names = " + ".join(m["name"] for m in summary["methods"])
     minutes, rest = divmod(int(seconds), 60)

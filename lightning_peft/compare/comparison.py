@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.checkpoint import adapter_state_dict, section
 from lightning_peft.compare import training
 from lightning_peft.compare.cost import Step, kept_bytes, peak_bytes, time_beside
 from lightning_peft.compare.plan import Candidate, best, rate_grid, short
@@ -18,10 +17,10 @@ from lightning_peft.compare.progress import Progress
 from lightning_peft.compare.results import Results
 from lightning_peft.compare.task import ComparedTask
 from lightning_peft.errors import ConfigError, PEFTError
-from lightning_peft.files import write_adapter
-from lightning_peft.injection import inject
 from lightning_peft.methods.full import FullFineTuning
-from lightning_peft.summary import summarize
+from lightning_peft.model.injection import inject
+from lightning_peft.model.summary import summarize
+from lightning_peft.saving.checkpoint import save_adapter
 
 
 @dataclasses.dataclass
@@ -186,7 +185,7 @@ class Comparison:
         cost = {name: summary[name] for name in ("trainable", "total", "percent")}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "adapter.safetensors")
-            write_adapter(file, adapter_state_dict(step.module), section(step.module))
+            save_adapter(step.module, file)
             cost["file"] = file.stat().st_size
         cost["kept"] = kept_bytes(network, step.loss)
         step.optimizer.zero_grad()

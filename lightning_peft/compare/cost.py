@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.model.adapters import Adapters
 from lightning_peft.task.optimization import build_optimizer
-from lightning_peft.trainable import require
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -30,7 +30,7 @@ class Step:
 
     def __init__(self, module: L.LightningModule, batch: Any, lr: float = 0.0) -> None:
         self.module, self.batch, self.count = module, batch, 0
-        self.methods = require(module)[0].methods
+        self.methods = Adapters.of(module).methods
         self.optimizer = build_optimizer(module, lr, 0.0, mixed_precision=False)
 
     def loss(self) -> Tensor:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import lightning_peft
 from lightning_peft.callbacks import PEFT
 from lightning_peft.callbacks.log_adapter import record as counts
-from lightning_peft.checkpoint import adapter_state_dict, section
 from lightning_peft.compare.plan import Candidate, short
 from lightning_peft.compare.task import ComparedTask
-from lightning_peft.files import write_adapter
 from lightning_peft.lightning_packages import Callback
+from lightning_peft.saving.checkpoint import save_adapter
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -93,7 +92,7 @@ def train(
         if test:
             result["test"] = _tested(trainer, module, task)
         if keep is not None:
-            write_adapter(keep, adapter_state_dict(module), section(module))
+            save_adapter(module, keep)
     losses = [float(loss) for loss in curve.losses]
     result |= {"curve": curve.points, "losses": losses, "seconds": time.perf_counter() - start}
     return result | {"notes": sorted({str(w.message) for w in caught if w.filename.startswith(_PACKAGE)})}

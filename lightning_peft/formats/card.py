@@ -14,8 +14,8 @@ from torch import nn
 from lightning_peft.errors import printable
 from lightning_peft.formats.naming import task_of
 from lightning_peft.method import Method
-from lightning_peft.summary import size, summarize
-from lightning_peft.trainable import require
+from lightning_peft.model.adapters import Adapters
+from lightning_peft.model.summary import size, summarize
 
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
@@ -57,16 +57,16 @@ def card(
     >>> print(card(net, library="peft", metrics={"val_accuracy": 0.5}).splitlines()[7])
     # LoRA adapter for Sequential
     """
-    injection, _, root = require(model)
-    base = injection.base
-    source = base["source"]
-    names = " + ".join(type(m).__name__ for m in injection.methods)
+    adapters = Adapters.of(model)
+    base = adapters.record.base
+    source = base.source
+    names = " + ".join(type(m).__name__ for m in adapters.methods)
     parts = [
-        _head(root, injection.methods, source, library),
-        f"# {names} adapter for {_title(source, base['class'])}",
+        _head(adapters.network, adapters.methods, source, library),
+        f"# {names} adapter for {_title(source, base.class_name)}",
         _facts(model, source, data),
         _results(metrics),
-        f"## Use\n\n```python\n{_base(root, source)}{_USE[library]}\n```",
+        f"## Use\n\n```python\n{_base(adapters.network, source)}{_USE[library]}\n```",
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
@@ -107,18 +107,19 @@ def _title(source: str, kind: str) -> str:
 
 
 def _facts(model: nn.Module, source: str, data: str | None) -> str:
-    injection = require(model)[0]
-    base, summary = injection.base, summarize(model)
-    rows = [("method", "; ".join(settings(m) for m in injection.methods))]
-    rows += [("paper", m.paper) for m in injection.methods if m.paper]
+    adapters = Adapters.of(model)
+    record = adapters.record
+    base, summary = record.base, summarize(model)
+    rows = [("method", "; ".join(settings(m) for m in adapters.methods))]
+    rows += [("paper", m.paper) for m in adapters.methods if m.paper]
     known = f"`{source}` " if source else ""
-    rows.append(("base model", f"{known}({base['class']}, {base['parameters']:,} parameters)"))
-    rows.append(("fingerprint of the base", f"`{base['values']}`"))
+    rows.append(("base model", f"{known}({base.class_name}, {base.parameters:,} parameters)"))
+    rows.append(("fingerprint of the base", f"`{base.values}`"))
     count = f"{summary['trainable']:,} of {summary['total']:,} parameters ({summary['percent']:.2f} %)"
     rows.append(("trained", f"{count}, {size(summary['adapter_bytes'])}"))
-    rows.append(("at", _places([n for names in injection.targets for n in names])))
-    if injection.saved:
-        rows.append(("trained in full", ", ".join(f"`{n}`" for n in injection.saved)))
+    rows.append(("at", _places([n for names in record.targets for n in names])))
+    if record.modules_to_save:
+        rows.append(("trained in full", ", ".join(f"`{n}`" for n in record.modules_to_save)))
     if data:
         rows.append(("data", data))
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {_cell(b)} |" for a, b in rows if b)])

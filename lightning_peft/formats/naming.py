@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
-from lightning_peft.trainable import adapter_tensors, persistent_buffers
+from lightning_peft.model.adapters import adapter_tensors, persistent_buffers
 
 #: modules that peft saves by itself for a task
 TASK_MODULES = {

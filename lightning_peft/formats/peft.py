@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.bottleneck.placement import AdapterMethod
-from lightning_peft.checkpoint import withdraw
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
 from lightning_peft.fields import settle
 from lightning_peft.formats.card import card
@@ -30,7 +29,6 @@ from lightning_peft.formats.naming import (
 from lightning_peft.formats.prompts import read_prefix, read_prompt, write_prefix, write_prompt, write_ptuning
 from lightning_peft.formats.vectors import read_adalora, read_ia3, read_vera, write_adalora, write_ia3, write_vera
 from lightning_peft.heads import new_modules
-from lightning_peft.injection import place, settle_outside
 from lightning_peft.method import Method
 from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
@@ -41,8 +39,9 @@ from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.ptuning import PTuning
 from lightning_peft.methods.vera import VeRA
-from lightning_peft.trainable import find, model_tensors, network, refuse_disabled, require, required_names
-from lightning_peft.verify import some
+from lightning_peft.model.adapters import Adapters, Injection, model_tensors, moved, network_of
+from lightning_peft.model.injection import inject_at
+from lightning_peft.saving.section import some
 
 _WRITERS: dict[type[Method], Callable[[nn.Module, Any, list[str]], Outgoing]] = {
     LoRA: write_lora,
@@ -94,14 +93,14 @@ def export_peft(
     >>> inject(net, LoRA(r=2)); export_peft(net, folder); sorted(os.listdir(folder))
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    injection, _, root = require(model)
-    refuse_disabled(injection, "export")
-    method = _single(injection.methods)
-    outgoing = _writer(method)(root, method, injection.targets[0])
-    base = base_tensors(root)
-    patterns, kept = _saved(root, injection.saved, outgoing)
-    tensors = outgoing.tensors | _base(base, kept, injection, outgoing)
-    config = _common(root, outgoing) | outgoing.fields | {"modules_to_save": patterns or None}
+    adapters = Adapters.of(model)
+    adapters.refuse_disabled("export")
+    record, root = adapters.record, adapters.network
+    method = _single(adapters.methods)
+    outgoing = _writer(method)(root, method, record.targets[0])
+    patterns, kept = _saved(root, record, outgoing)
+    tensors = outgoing.tensors | _base(base_tensors(root), kept, record, outgoing)
+    config = _common(root, record, outgoing) | outgoing.fields | {"modules_to_save": patterns or None}
     if isinstance(config.get("target_modules"), list) and config["peft_type"] != "IA3":
         universe = [n for n in module_names(root) if not _inside(n, kept)]
         config["target_modules"] = target_patterns(config["target_modules"], universe)
@@ -132,33 +131,33 @@ def _writer(method: Method) -> Callable[[nn.Module, Any, list[str]], Outgoing]:
     raise PEFTError(f"{type(method).__name__} cannot be exported to peft: {reason}")
 
 
-def _common(root: nn.Module, outgoing: Outgoing) -> dict[str, Any]:
+def _common(root: nn.Module, record: Injection, outgoing: Outgoing) -> dict[str, Any]:
     """Fields that every folder has. A task brings modules along that peft wants to find in the file."""
     task = task_of(root)
     config = getattr(root, "config", None)
     auto = None
     if task in TASK_MODULES and outgoing.prefix == TUNER:
         wanted = {n for n in module_names(root) if any(ends_anyhow(p, n) for p in TASK_MODULES[task])}
-        task = task if wanted <= set(require(root)[0].saved) else None
+        task = task if wanted <= set(record.modules_to_save) else None
     if task is None and config is not None:
         auto = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     return {
         "auto_mapping": auto,
-        "base_model_name_or_path": require(root)[0].base["source"] or None,
+        "base_model_name_or_path": record.base.source or None,
         "inference_mode": True,
         "revision": None,
         "task_type": task,
     }
 
 
-def _saved(root: nn.Module, saved: list[str], outgoing: Outgoing) -> tuple[list[str], list[str]]:
+def _saved(root: nn.Module, record: Injection, outgoing: Outgoing) -> tuple[list[str], list[str]]:
     """``modules_to_save`` for peft, and all modules whose tensors it then wants to find."""
-    every = module_names(root)
+    every, saved = module_names(root), record.modules_to_save
     outer = [n for n in saved if not any(n != o and n.startswith(o + ".") for o in saved)]
     forced = TASK_MODULES.get(task_of(root) or "", ()) if outgoing.prefix == PROMPT else ()
     patterns = suffixes(outer, every, ends_anyhow) or sorted(outer) if outer else []
     kept = [n for n in every if any(ends_anyhow(p, n) for p in (*patterns, *forced))]
-    adapted = [n for n in require(root)[0].targets[0] if _inside(n, kept)] if outgoing.prefix == TUNER else []
+    adapted = [n for n in record.targets[0] if _inside(n, kept)] if outgoing.prefix == TUNER else []
     lists = [n for n in kept if isinstance(root.get_submodule(n), (nn.ModuleList, nn.ModuleDict))]
     if adapted or lists:
         raise PEFTError(
@@ -172,19 +171,15 @@ def _inside(name: str, modules: list[str]) -> bool:
     return any(name == m or name.startswith(m + ".") for m in modules)
 
 
-def _base(base: Mapping[str, tuple[str, Tensor]], kept: list[str], injection: Any, outgoing: Outgoing) -> dict:
+def _base(base: Mapping[str, tuple[str, Tensor]], kept: list[str], record: Injection, outgoing: Outgoing) -> dict:
     """Base tensors that travel: modules trained in full, biases, statistics that moved."""
     found = {}
-    moved = {n for n, old in injection.buffers.items() if n in base and not _equal(old, base[n][1])}
+    statistics = {n for n, start in record.start_buffers.items() if n in base and moved(start, base[n][1])}
     for name, (theirs, tensor) in base.items():
-        trained = tensor.requires_grad or name in moved
+        trained = tensor.requires_grad or name in statistics
         if trained or _inside(name, kept):
             found[outgoing.prefix + theirs] = tensor
     return found
-
-
-def _equal(old: Tensor, new: Tensor) -> bool:
-    return old.shape == new.shape and torch.equal(old, new.detach().to(old.device, old.dtype))
 
 
 # ---- back ----------------------------------------------------------------------------------------------------------
@@ -206,10 +201,10 @@ def import_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     >>> import_peft(net, folder); type(net[0]).__name__
     'Linear'
     """
-    if find(model) is not None:
+    if Adapters.find(model) is not None:
         raise ConfigError("The model has adapters already; call unload(model) first, or import into a fresh model.")
     folder = read_folder(directory)
-    _, root = network(model)
+    _, root = network_of(model)
     reader = _READERS.get(folder.kind)
     if reader is None:
         known = ", ".join(_READERS)
@@ -220,16 +215,15 @@ def import_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         saved = _saved_here(folder, root, incoming.known)
         targets = {n: m for n, m in incoming.targets.items() if not _inside(n, saved)}
         new = new_modules(root)
-        place(root, [incoming.method], [targets], saved, [n for n in new if n in saved])
+        adapters = inject_at(model, [incoming.method], [targets], saved, [n for n in new if n in saved])
     except CheckpointError:
         raise
     except Exception as error:  # fields of any content fail anywhere
         raise folder.refuse(f"it does not fit {type(root).__name__}: {error}") from error
-    settle_outside(model)
     try:
-        _fill(root, folder, incoming)
+        _fill(adapters, folder, incoming)
     except Exception:
-        withdraw(model)
+        adapters.remove()
         raise
     if lost := [n for n in new if not _inside(n, saved)]:
         warnings.warn(f"{folder.path} holds no values for {', '.join(lost)}, which are new and random.", stacklevel=2)
@@ -248,15 +242,16 @@ def _plain(folder: Folder, key: str) -> str:
     return key.removeprefix(folder.prefix).replace(".base_layer.", ".")
 
 
-def _fill(root: nn.Module, folder: Folder, incoming: Incoming) -> None:
+def _fill(adapters: Adapters, folder: Folder, incoming: Incoming) -> None:
     """Copy all values after all names and shapes were compared."""
+    root = adapters.network
     tensors = model_tensors(root)
     values = {name: (tensors.get(name), value) for name, value in incoming.tensors.items()}
     values |= _base_values(root, folder, incoming)
     filled = {id(own) for own, _ in values.values()}
     started = (".start_A", ".start_B")  # taken from the base at injection
     parts = {
-        "lacks": [n for n in required_names(root) if id(tensors[n]) not in filled and not n.endswith(started)],
+        "lacks": [n for n in Adapters.of(root).required if id(tensors[n]) not in filled and not n.endswith(started)],
         "has in excess": [n for n, (own, _) in values.items() if own is None],
         "has other shapes in": [n for n, (own, v) in values.items() if own is not None and own.shape != v.shape],
     }
@@ -275,7 +270,7 @@ def _base_values(root: nn.Module, folder: Folder, incoming: Incoming) -> dict[st
         name, value = _plain(folder, key), folder.tensors[key]
         own = base[name][1] if name in base else None
         if isinstance(own, nn.Parameter) and not own.requires_grad:
-            if not _equal(value, own):
+            if moved(own, value):
                 kind = type(incoming.method).__name__
                 raise folder.refuse(f"{key!r} is not the base's, and {kind} leaves that tensor alone: another base?")
             continue

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lightning_peft.adapted import Delta, factor_dtype
 from lightning_peft.bottleneck.placement import AdapterMethod, base_modules
 from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PEFTError
-from lightning_peft.files import read
 from lightning_peft.fingerprint import difference, fingerprint
 from lightning_peft.method import Method, registry
-from lightning_peft.sections import verify_finite
+from lightning_peft.saving.saved_adapter import SavedAdapter
+from lightning_peft.saving.section import SavedMethod, Section
 
 
 class Fusion(Delta):
@@ -123,10 +123,10 @@ class AdapterFusion(AdapterMethod):
     def inner(self) -> AdapterMethod:
         """The method of the adapters: what a saved fusion says, or else the first file."""
         if self.adapter is not None:
-            return _method(self.adapter, "AdapterFusion")
+            return _method(SavedMethod(self.adapter["type"], self.adapter["config"], []), "AdapterFusion")
         if "_inner" not in self.__dict__:  # kept, because the files may be gone when the fusion is saved
             path = next(iter(self.adapters.values()))
-            object.__setattr__(self, "_inner", _method(_description(path)["methods"][0], path))
+            object.__setattr__(self, "_inner", _method(_read(path).section.methods[0], path))
         return self.__dict__["_inner"]
 
     @property
@@ -150,15 +150,15 @@ class AdapterFusion(AdapterMethod):
         """The places of the adapters, in which the files must agree."""
         names: list[str] = []
         for title, path in self.adapters.items():
-            info, where = _description(path), f"AdapterFusion: {title!r} ({path})"
-            method = _method(info["methods"][0], where)
+            section, where = _read(path).section, f"AdapterFusion: {title!r} ({path})"
+            method = _method(section.methods[0], where)
             if _entry(method) != _entry(self.inner):
                 raise ConfigError(f"{where} was trained with {_entry(method)}, the first with {_entry(self.inner)}.")
-            places = info["methods"][0]["targets"]
+            places = section.targets
             if names and set(places) != set(names):
                 raise ConfigError(f"{where} stands in other places than the first: {sorted(set(places) ^ set(names))}.")
             names = names or places
-            _check_base(model, info, where)
+            _check_base(model, section, where)
         modules = base_modules(model)
         lost = [n for n in names if n not in modules]
         if lost:
@@ -222,30 +222,32 @@ def fusion_weights(model: nn.Module) -> Iterator[dict[str, dict[str, float]]]:
                 found[name] = dict(zip(fusion.adapters, mean, strict=True))
 
 
-def _description(path: str) -> dict[str, Any]:
-    """The section of a file that holds the adapters of one bottleneck method and nothing else that is in their way."""
-    _, info = read(path)
-    kinds = [entry["type"] for entry in info["methods"]]
+def _read(path: str) -> SavedAdapter:
+    """A file that holds the adapters of one bottleneck method, and nothing else that would be in their way."""
+    saved = SavedAdapter.read(path)
+    section = saved.section
+    kinds = [method.type for method in section.methods]
     kind = registry().get(kinds[0])
     if len(kinds) > 1 or kind is None or not issubclass(kind, AdapterMethod) or kind is AdapterFusion:
         raise ConfigError(f"AdapterFusion: {path} holds {' + '.join(kinds)}; it fuses single bottleneck adapters.")
-    heads = tuple(f"{info['network']}{name}." for name in info["modules_to_save"])
-    other = [n for n in info["trainable"] if ".delta." not in f".{n}" and not n.startswith(heads or ("\0",))]
-    if other:
-        raise ConfigError(
-            f"AdapterFusion: {path} also changed {other[0]!r} of the base itself, which cannot be mixed. Train the"
-            " adapters with train_layer_norms=False."
-        )
-    return info
+    heads = tuple(f"{name}." for name in section.modules_to_save)
+    for name in section.under("").trainable:
+        in_head = bool(heads) and name.startswith(heads)
+        if ".delta." not in f".{name}" and not in_head:
+            raise ConfigError(
+                f"AdapterFusion: {path} also changed {name!r} of the base itself, which cannot be mixed. Train the"
+                " adapters with train_layer_norms=False."
+            )
+    return saved
 
 
-def _method(entry: Mapping[str, Any], where: str) -> AdapterMethod:
-    """The method of an entry as far as its tensors depend on it."""
-    kind = registry()[entry["type"]]
+def _method(saved: SavedMethod, where: str) -> AdapterMethod:
+    """The method of a file as far as its tensors depend on it."""
+    kind = registry()[saved.type]
     try:
-        method = kind(**{k: v for k, v in entry["config"].items() if k not in kind.free_fields})
+        method = kind(**{k: v for k, v in saved.config.items() if k not in kind.free_fields})
     except TypeError as error:
-        raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {error}") from None
+        raise CheckpointError(f"{where}: its {saved.type} cannot be built: {error}") from None
     assert isinstance(method, AdapterMethod)
     return method
 
@@ -255,36 +257,35 @@ def _entry(method: Method) -> dict[str, Any]:
     return {"type": type(method).__name__, "config": fields}
 
 
-def _check_base(model: nn.Module, info: Mapping[str, Any], where: str) -> None:
+def _check_base(model: nn.Module, section: Section, where: str) -> None:
     """Compare the base's values where its names and shapes are those of the file; another head makes them differ."""
-    heads = tuple(f"{name}." for name in info["modules_to_save"])
+    heads = tuple(f"{name}." for name in section.modules_to_save)
     skip = {id(p) for n, p in model.named_parameters() if heads and n.startswith(heads)}
     ours = fingerprint(model, skip)
-    reason = difference(ours, info["base"]) if ours["structure"] == info["base"]["structure"] else None
+    reason = difference(ours, section.base) if ours.structure == section.base.structure else None
     if reason:
         raise CheckpointError(f"{where} was trained on another base model: {reason}.")
 
 
 def _fill(deltas: Mapping[str, Delta], path: str, where: str) -> None:
     """Copy the values of one file into its adapters; a tensor that all share stands in the file once."""
-    state, info = read(path)
-    network = len(info["network"])
-    values = {n[network:]: t for n, t in state.items()}
-    open_ = {id(p): f"{n}.delta.{leaf}" for n, d in deltas.items() for leaf, p in d.named_parameters()}
-    for name, delta in deltas.items():
+    saved = SavedAdapter.read(path).under("")
+    unfilled = {id(p): f"{n}.delta.{leaf}" for n, d in deltas.items() for leaf, p in d.named_parameters()}
+    for target, delta in deltas.items():
         for leaf, parameter in delta.named_parameters():
-            value = values.get(f"{name}.delta.{leaf}")
+            name = f"{target}.delta.{leaf}"
+            value = saved.tensors.get(name)
             if value is None:
                 continue
             if value.shape != parameter.shape:
                 raise CheckpointError(
-                    f"{where}: {name}.delta.{leaf} is {tuple(value.shape)}, this model needs {tuple(parameter.shape)}."
+                    f"{where}: {name} is {tuple(value.shape)}, this model needs {tuple(parameter.shape)}."
                 )
             if not value.is_floating_point():
-                raise CheckpointError(f"{where}: {name}.delta.{leaf} holds {value.dtype}, no numbers to compute with.")
-            verify_finite({f"{name}.delta.{leaf}": value}, where)
+                raise CheckpointError(f"{where}: {name} holds {value.dtype}, no numbers to compute with.")
+            saved.check_finite([name])
             if not parameter.is_meta:
                 parameter.data.copy_(value)
-            open_.pop(id(parameter), None)
-    if open_:
-        raise CheckpointError(f"{where} lacks {sorted(open_.values())[0]}.")
+            unfilled.pop(id(parameter), None)
+    if unfilled:
+        raise CheckpointError(f"{where} lacks {min(unfilled.values())}.")

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from lightning_peft.method import Method
-from lightning_peft.trainable import persistent_buffers
+from lightning_peft.model.adapters import persistent_buffers
 
 
 @dataclass(frozen=True)

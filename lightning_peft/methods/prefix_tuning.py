@@ -15,13 +15,13 @@ from lightning_peft.adapted import Delta, adapt
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
+from lightning_peft.model.adapters import Adapters
 from lightning_peft.prompting.attention import SUPPORTED, PrefixedConfig, RegistryAttention, kind_of
 from lightning_peft.prompting.backbone import parameters_of
 from lightning_peft.prompting.positions import ShiftedPositions, ShiftState, shiftable
 from lightning_peft.prompting.prefix import Prefix, PrefixedAttention, PrefixEncoder, ProjectedPrefix, heads_of
 from lightning_peft.prompting.virtual import disconnect
 from lightning_peft.torch_encoder import keep_open, restore
-from lightning_peft.trainable import require
 
 _CROSS = re.compile(r"(^|\.)(\w*cross\w*|encoder_attn|EncDecAttention|multihead_attn)(\.|$)", re.IGNORECASE)
 
@@ -172,14 +172,11 @@ class PrefixTuning(Method):
         >>> inject(net, method); method.fold(net); trainable_names(net)
         ['self_attn.delta.prefix_key', 'self_attn.delta.prefix_value']
         """
-        injection, _, root = require(model)
-        place = injection.methods.index(self)
-        for name in injection.targets[place]:
-            module = root.get_submodule(name)
+        adapters = Adapters.of(model)
+        for module in adapters.modules_of(self):
             if isinstance(module, PrefixedAttention) and isinstance(module.delta, ProjectedPrefix):
                 module.delta = module.delta.folded()
-        injection.methods[place] = dataclasses.replace(self, projection=False)
-        injection.trained = [n for n, p in root.named_parameters() if p.requires_grad]
+        adapters.replace_method(self, dataclasses.replace(self, projection=False))
 
 
 def attention_modules(method: Method, model: nn.Module, prefix: str) -> dict[str, nn.Module]:

@@ -15,11 +15,11 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
 from lightning_peft.methods.prompt_tuning import input_embeddings, is_table, spread
+from lightning_peft.model.adapters import Adapters, adapted_modules
 from lightning_peft.prompting.backbone import backbones
 from lightning_peft.prompting.prefix import normal_
 from lightning_peft.prompting.prompt import Prompt, PromptEncoder
 from lightning_peft.prompting.virtual import PromptedEmbedding, VirtualTokens, connect, disconnect
-from lightning_peft.trainable import adapted_modules, require
 
 #: attribute of an id tensor on a device: its placeholders in each row, counted before it went there
 NOTE = "_lightning_peft_placeholders"
@@ -149,14 +149,11 @@ class PTuning(Method):
         >>> inject(net, method); method.fold(net); trainable_names(net)
         ['0.delta.prompt']
         """
-        injection, _, root = require(model)
-        place = injection.methods.index(self)
-        for name in injection.targets[place]:
-            module = root.get_submodule(name)
+        adapters = Adapters.of(model)
+        for module in adapters.modules_of(self):
             if isinstance(module.delta, PromptEncoder):
                 module.delta = module.delta.folded()
-        injection.methods[place] = dataclasses.replace(self, encoder="none", lstm_hidden=None)
-        injection.trained = [n for n, p in root.named_parameters() if p.requires_grad]
+        adapters.replace_method(self, dataclasses.replace(self, encoder="none", lstm_hidden=None))
 
 
 class Placeholders(VirtualTokens):

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.adapted import Delta
 from lightning_peft.errors import ConfigError
-from lightning_peft.trainable import find
+from lightning_peft.model.adapters import Adapters
 
 
 def train_mode(network: nn.Module, base: Literal["train", "eval"]) -> str:
@@ -32,9 +32,10 @@ def train_mode(network: nn.Module, base: Literal["train", "eval"]) -> str:
     if base == "train":
         state = f": {count} {'is' if drops == 1 else 'are'} on." if drops else ". It has no dropout."
         return f"Base in train mode{state}"
-    found = find(network)
+    adapters = Adapters.find(network)
+    saved_modules = adapters.record.modules_to_save if adapters is not None else []
     for name, module in network.named_modules():
-        saved = found is not None and any(name == s or name.startswith(s + ".") for s in found[0].saved)
+        saved = any(name == saved or name.startswith(f"{saved}.") for saved in saved_modules)
         if saved or isinstance(module, Delta):
             module.train()
     return f"Base in eval mode: {count} of the model off, except in what trains."

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
-from lightning_peft.trainable import find
+from lightning_peft.model.adapters import Adapters
 
 #: rate for a module without an injected method: BERT, arXiv:1810.04805, appendix A.3 (2e-5 to 5e-5)
 PLAIN_LR = 5e-5
@@ -34,8 +34,8 @@ def build_optimizer(
     >>> inject(net, LoRA()); build_optimizer(net, None, 0.0, mixed_precision=False).param_groups[0]["lr"]
     0.0002
     """
-    found = find(model)
-    methods: Sequence[Method] = found[0].methods if found else []
+    adapters = Adapters.find(model)
+    methods: Sequence[Method] = adapters.methods if adapters is not None else []
     if lr is None:
         lr = min([m.default_lr for m in methods], default=PLAIN_LR)
     grouping = [m for m in methods if type(m).param_groups is not Method.param_groups] or [_Plain()]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from lightning_peft.checkpoint import adapter_state_dict, section
-from lightning_peft.files import read
 from lightning_peft.lightning_packages import every
+from lightning_peft.saving.saved_adapter import SavedAdapter
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -25,11 +22,8 @@ def best_path(trainer: L.Trainer) -> str | None:
     return None
 
 
-def best_adapter(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
-    """Tensors and section of the best adapter, and whether it comes from a monitored checkpoint."""
+def best_adapter(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[SavedAdapter, bool]:
+    """The best adapter, and whether it comes from a monitored checkpoint."""
     path = best_path(trainer)
-    state, info = read(path) if path else (adapter_state_dict(pl_module), section(pl_module))
-    if info.get("save") == "full":
-        state, info = {k: v for k, v in state.items() if k in set(info["keys"])}, info | {"save": "trainable"}
-    info.pop("resume", None)
-    return state, info, path is not None
+    saved = SavedAdapter.read(path) if path else SavedAdapter.of(pl_module)
+    return saved.without_base(), path is not None

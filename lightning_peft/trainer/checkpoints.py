@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,20 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
-from lightning_peft.files import SECTION, split
+from lightning_peft.files import SECTION
 from lightning_peft.format1 import upgraded_section
 from lightning_peft.lightning_packages import LightningDataModule
+from lightning_peft.model.adapters import Adapters, adapted_modules
+from lightning_peft.saving.saved_adapter import SavedAdapter, section_of
+from lightning_peft.saving.section import Section
 from lightning_peft.sharding import unwrapped
-from lightning_peft.switching import is_complete
-from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.trainer.checks import check_present
 from lightning_peft.trainer.kept_files import settle_kept_files
 from lightning_peft.trainer.optimizer_states import optimizer_names, states_for_file
 from lightning_peft.trainer.resuming import check_states, take_resume
 from lightning_peft.trainer.strategies import flattens, loads_late
-from lightning_peft.verify import verify, verify_section
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def filter_state(module: nn.Module, state: dict[str, Any], prefix: str, save: str | None) -> None:
     """Keep only the adapter in the state dict; a full one holds the base as it is without the adapter."""
     if save != "full":
-        keep = {prefix + n for n in adapter_names(module)}
+        keep = {prefix + n for n in Adapters.of(module).names}
         for key in [k for k in state if k.startswith(prefix) and k not in keep]:
             del state[key]
     # While merged weights stand in their place the originals are written: reloading merges once, not twice.
@@ -47,10 +47,11 @@ def forgive_frozen(module: nn.Module, incompatible: Any) -> None:
 
     A tensor that the module knows under several names is there if it is there under one of them.
     """
-    if find(module) is None:
+    adapters = Adapters.find(module)
+    if adapters is None:
         return
     tensors = _tensors_by_every_name(module)
-    needed = {id(tensors[name]) for name in required_names(module)}
+    needed = {id(tensors[name]) for name in adapters.required}
     missing = {key: _name_in(tensors, key) for key in incompatible.missing_keys}
     missing_names = set(missing.values())
     loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing_names}
@@ -76,17 +77,18 @@ def _name_in(tensors: Mapping[str, torch.Tensor], key: str) -> str | None:
 
 def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | None) -> list[str]:
     """Leave what is frozen out of a checkpoint and put the description in; names of the hyper-parameters left out."""
+    adapters = Adapters.of(module)
     # inside `disabled` the module holds the base's own head, biases and statistics in place of the trained ones
-    refuse_disabled(require(module)[0], "save")
+    adapters.refuse_disabled("save")
     check_present(module)
     if save == "trainable" and checkpoint.get("state_dict"):
-        keep = set(adapter_names(module))
+        keep = set(adapters.names)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
-    info = section(module) | {"save": save}
+    info = dataclasses.replace(section_of(adapters), full=save == "full").as_dict()
     state = checkpoint.get("state_dict")
     if state:
         # It may hold averaged weights. Where averaging has not begun, frozen ones among them have not moved yet.
-        required = set(required_names(module))
+        required = set(adapters.required)
         info["keys"] = [name for name in info["keys"] if name in state or name in required]
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = states_for_file(module.trainer, module, checkpoint["optimizer_states"])
@@ -144,7 +146,7 @@ def _reads_back(value: Any) -> bool:
 
 def _resume(module: L.LightningModule) -> dict[str, Any]:
     trainer = module.trainer
-    methods = require(module)[0].methods
+    methods = Adapters.of(module).methods
     return {
         "strategy": type(trainer.strategy).__name__,
         "world_size": trainer.world_size,
@@ -153,7 +155,7 @@ def _resume(module: L.LightningModule) -> dict[str, Any]:
     }
 
 
-def compare(module: L.LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+def compare(module: L.LightningModule, checkpoint: dict[str, Any]) -> Section | None:
     """Compare a checkpoint with the module before its values are loaded, and make way for them.
 
     Returns:
@@ -163,33 +165,31 @@ def compare(module: L.LightningModule, checkpoint: dict[str, Any]) -> dict[str, 
     if trainer is not None:  # what follows for a Trainer are the states of its callbacks
         settle_kept_files(trainer, checkpoint)
         check_states(trainer, checkpoint)
-    if find(module) is None:  # unloaded or merged for good: an ordinary module again
+    adapters = Adapters.find(module)
+    if adapters is None:  # unloaded or merged for good: an ordinary module again
         return None
-    if SECTION not in checkpoint and is_complete(require(module)[0].methods):
+    if SECTION not in checkpoint and adapters.complete:
         return None  # a plain checkpoint, which FullFineTuning resumes: Lightning loads it, strictly
     # DeepSpeed has loaded the weights itself
     if trainer is not None and flattens(trainer) and SECTION in checkpoint and "state_dict" not in checkpoint:
-        info = upgraded_section(checkpoint[SECTION])
-        verify_section(info, "The checkpoint")
-        verify(module, info, "The checkpoint")
-        _take_resume(module, checkpoint, info)
-        return info
-    state, info = split(checkpoint, "The checkpoint")
+        section = Section.parse(upgraded_section(checkpoint[SECTION]), "The checkpoint")
+        SavedAdapter(section, {}).check(adapters)
+        _take_resume(module, checkpoint, section)
+        return section
+    hollow = trainer is not None and loads_late(trainer)
+    saved = SavedAdapter.from_checkpoint(checkpoint, "The checkpoint", hollow=hollow)
+    section = saved.section
     _refuse_weights_only(module, checkpoint)
-    if info.get("save") == "full":
-        fitted = fitting_whole(module, state, info, "The checkpoint")
-    else:
-        hollow = trainer is not None and loads_late(trainer)
-        fitted = fitting(module, state, info, "The checkpoint", hollow=hollow)
-    _take_resume(module, checkpoint, info)
+    fitted = saved.fitted_whole(adapters) if section.full else saved.fitted(adapters)
+    _take_resume(module, checkpoint, section)
     checkpoint["state_dict"] = fitted
-    make_way(module, fitted, whole=info.get("save") == "full")
-    return info
+    adapters.make_way(fitted, whole=section.full)
+    return section
 
 
-def _take_resume(module: L.LightningModule, checkpoint: dict[str, Any], info: Mapping[str, Any]) -> None:
-    if info.get("resume") and "optimizer_states" in checkpoint:
-        take_resume(module, checkpoint, info["resume"])
+def _take_resume(module: L.LightningModule, checkpoint: dict[str, Any], section: Section) -> None:
+    if section.resume and "optimizer_states" in checkpoint:
+        take_resume(module, checkpoint, section.resume)
 
 
 def _refuse_weights_only(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:

@@ -11,10 +11,9 @@ from lightning_peft.adapted import Adapted, is_bypassed
 from lightning_peft.errors import TrainingError
 from lightning_peft.lightning_packages import every, rank_zero_warn
 from lightning_peft.method import Method
+from lightning_peft.model.adapters import Adapters, adapted_modules, is_complete, trainable_names
 from lightning_peft.quantized import packed
 from lightning_peft.sharding import named_parameters, unwrapped
-from lightning_peft.switching import is_complete
-from lightning_peft.trainable import adapted_modules, find, require, trainable_names
 from lightning_peft.trainer.strategies import flattens, has_optimizers
 
 if TYPE_CHECKING:
@@ -27,11 +26,12 @@ _TOO_LATE = (
 
 def check_present(pl_module: L.LightningModule) -> None:
     """A network rebuilt, or layers replaced, after the injection have no adapters."""
-    if find(pl_module) is None:
+    adapters = Adapters.find(pl_module)
+    if adapters is None:
         raise TrainingError(f"The network was replaced after the adapters were injected. {_TOO_LATE}")
-    injection, prefix, root = require(pl_module)
-    here = {unwrapped(n) for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, Adapted)}
-    lost = [prefix + name for names in injection.targets for name in names if name not in here]
+    modules = adapters.network.named_modules(remove_duplicate=False)
+    adapted_names = {unwrapped(n) for n, m in modules if isinstance(m, Adapted)}
+    lost = [adapters.path + n for names in adapters.record.targets for n in names if n not in adapted_names]
     if lost:
         raise TrainingError(
             f"{lost[0]!r} is no longer the layer that was adapted, and its adapter is gone with the old one"
@@ -39,10 +39,10 @@ def check_present(pl_module: L.LightningModule) -> None:
             " a precision plugin that converts layers goes into the Trainer together with PEFT."
         )
 
-    for name, layer in adapted_modules(root):
+    for name, layer in adapters.layers():
         if is_bypassed(layer):
             raise TrainingError(
-                f"{prefix}{name} has the `forward` of its base on the instance, so its adapter would never act"
+                f"{adapters.path}{name} has the `forward` of its base on the instance, so its adapter would never act"
                 " (accelerate leaves one when its hooks are removed). Delete it: del module.forward."
             )
 
@@ -62,12 +62,13 @@ def check_not_adapted(pl_module: L.LightningModule) -> None:
 def check_nothing_new(pl_module: L.LightningModule) -> None:
     """Parameters that appeared after the injection are neither frozen nor saved as meant."""
     check_present(pl_module)
-    injection, prefix, root = require(pl_module)
-    if is_complete(injection.methods):
+    adapters = Adapters.of(pl_module)
+    if adapters.complete:
         return  # everything trains and is saved, whenever it appeared
-    late = sorted({unwrapped(n) for n, _ in root.named_parameters()} - set(injection.trained) - set(injection.frozen))
+    known = {*adapters.record.trained, *adapters.record.frozen}
+    late = sorted({n for n, _ in named_parameters(adapters.network)} - known)
     if late:
-        names = ", ".join(prefix + n for n in late[:4])
+        names = ", ".join(adapters.path + n for n in late[:4])
         raise TrainingError(f"Parameters appeared after the adapters were injected: {names}. {_TOO_LATE}")
 
 
@@ -96,7 +97,7 @@ def check_optimizers(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     wanted = set(trainable_names(pl_module))
     outside = [(n, p) for n, p in named_parameters(pl_module) if n in wanted and id(p) not in held]
-    if is_complete(require(pl_module)[0].methods):
+    if Adapters.of(pl_module).complete:
         # What is frozen at the moment may join the optimizer later: BackboneFinetuning adds it then.
         idle = [n for n, p in outside if p.requires_grad]
         if idle:
@@ -145,7 +146,7 @@ def check_rates(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    for method in require(pl_module)[0].methods:
+    for method in Adapters.of(pl_module).methods:
         once, twice = (method.param_groups(pl_module, lr, 0.0) for lr in (1.0, 2.0))
         factors = [b["lr"] - a["lr"] for a, b in zip(once, twice, strict=True)]  # 0 for a rate of its own
         if len(set(factors) - {0.0}) < 2:

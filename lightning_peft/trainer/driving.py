@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_peft.adapted import Delta
 from lightning_peft.method import Method
+from lightning_peft.model.adapters import Adapters
 from lightning_peft.sharding import gathered
-from lightning_peft.trainable import find, require
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -48,7 +48,7 @@ class Transfer:
         self.module, self.original = module, original
 
     def __call__(self, batch: Any, *arguments: Any, **options: Any) -> Any:
-        methods = list(_with(self.module, "before_transfer")) if find(self.module) else []
+        methods = list(_with(self.module, "before_transfer")) if Adapters.find(self.module) else []
         seen = [method.before_transfer(self.module, batch) for method in methods]
         batch = self.original(batch, *arguments, **options)
         for method, notes in zip(methods, seen, strict=True):
@@ -57,7 +57,7 @@ class Transfer:
 
 
 def _with(pl_module: L.LightningModule, part: str) -> Iterator[Method]:
-    return (m for m in require(pl_module)[0].methods if getattr(type(m), part) is not getattr(Method, part))
+    return (m for m in Adapters.of(pl_module).methods if getattr(type(m), part) is not getattr(Method, part))
 
 
 def _whole(pl_module: L.LightningModule) -> AbstractContextManager[None]:

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft.checkpoint import fitting, make_way, reroot
 from lightning_peft.errors import CheckpointError
-from lightning_peft.files import SECTION, load_checkpoint, split
+from lightning_peft.files import SECTION, load_checkpoint
 from lightning_peft.folders import is_folder, read_folder, read_index, read_rest, shapes
 from lightning_peft.format1 import name_in_format2
-from lightning_peft.hollow import settle_base
 from lightning_peft.lightning_packages import fabric_module, package_of
+from lightning_peft.model.adapters import Adapters, model_tensors
+from lightning_peft.model.hollow import settle_base
 from lightning_peft.paths import missing
+from lightning_peft.saving.saved_adapter import SavedAdapter
+from lightning_peft.saving.section import Section
 from lightning_peft.sharding import sharded, write
 from lightning_peft.sharding import split as shard
-from lightning_peft.switching import is_complete
-from lightning_peft.trainable import find, model_tensors, require
 from lightning_peft.trainer.optimizer_states import START_ANEW, NamedStates, arrange_states, optimizer_names
 from lightning_peft.trainer.strategies import runs_under
 
@@ -57,7 +57,7 @@ class Loader:
 
     def __call__(self, checkpoint_path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.trainer.strategy.broadcast(checkpoint_path))
-        if find(self.module) is None or "://" in str(checkpoint_path):
+        if Adapters.find(self.module) is None or "://" in str(checkpoint_path):
             return self.original(checkpoint_path, weights_only)
         return self.load(path, lambda: self.original(checkpoint_path, weights_only))
 
@@ -89,21 +89,22 @@ class ShardingLoader(Loader):
         """Compare, then load weights, and optimizer states where training goes on."""
         where, folder = str(path), is_folder(path)
         content = self._content(path)
-        if SECTION not in content and is_complete(require(self.module)[0].methods):
+        adapters = Adapters.of(self.module)
+        if SECTION not in content and adapters.complete:
             return as_lightning()  # a plain checkpoint, which FullFineTuning resumes
-        state, info = split(content, where)
+        saved = SavedAdapter.from_checkpoint(content, where, hollow=folder)
         if self.fits:
             settle_base(self.module)  # a base loaded in on_fit_start
-        fitted = fitting(self.module, state, info, where, hollow=folder)
-        if self.fits and not (info.get("resume") or {}).get("optimizers"):
+        fitted = saved.fitted(adapters)
+        if self.fits and not saved.section.optimizer_names:
             raise CheckpointError(
                 f"{where} holds weights and no optimizer state, so it cannot be resumed. {START_ANEW}"
             )
         if self.fits and not folder:
             arrange_states(self.trainer, self.module, content, where)
-        make_way(self.module, fitted)
+        adapters.make_way(fitted)
         if folder:
-            self._read_weights(path, content[SECTION])
+            self._read_weights(path, content[SECTION], saved.section)
         else:
             self._set_weights(fitted)
         if self.fits and folder:
@@ -125,12 +126,15 @@ class ShardingLoader(Loader):
             raise CheckpointError(f"{path} is neither a checkpoint file nor a folder of shards.")
         return load_checkpoint(path)
 
-    def _read_weights(self, path: Path, info: Mapping[str, Any]) -> None:
+    def _read_weights(self, path: Path, info: Mapping[str, Any], section: Section) -> None:
         """From shards into shards, each process what it needs."""
-        tensors = model_tensors(self.module)
-        stored = {name_in_format2(name, info): name for name in info["keys"]}
-        names = reroot(stored, info, self.module)  # type: ignore[arg-type]
-        _read_into({f"state_dict.{old}": tensors[new].detach() for new, old in names.items()}, path)
+        tensors, network = model_tensors(self.module), Adapters.of(self.module).path
+        targets = {}
+        for stored_name in info["keys"]:  # as the shards call them, which may be of format 1
+            name = section.name_under(network, name_in_format2(stored_name, info))
+            if name in tensors:
+                targets[f"state_dict.{stored_name}"] = tensors[name].detach()
+        _read_into(targets, path)
 
     def _set_weights(self, state: Mapping[str, Tensor]) -> None:
         tensors = model_tensors(self.module)

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_peft.checkpoint import reroot
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION
 from lightning_peft.format1 import upgraded_section
+from lightning_peft.model.adapters import Adapters
+from lightning_peft.saving.section import Section
 from lightning_peft.sharding import plain_name
 from lightning_peft.trainer.strategies import flattens, has_optimizers, loads_late
 
@@ -141,8 +142,8 @@ def arrange_states(trainer: L.Trainer, module: nn.Module, checkpoint: dict[str, 
     Raises:
         CheckpointError: the optimizers of this run are other ones.
     """
-    info = upgraded_section(checkpoint[SECTION])
-    all_saved_names = (info.get("resume") or {}).get("optimizers")
+    section = Section.parse(upgraded_section(checkpoint[SECTION]), where)
+    all_saved_names = section.optimizer_names
     all_names = optimizer_names(trainer, module)
     states = checkpoint.get("optimizer_states")
     if not states or not all_names:
@@ -157,13 +158,12 @@ def arrange_states(trainer: L.Trainer, module: nn.Module, checkpoint: dict[str, 
         )
     arranged = []
     for state, saved_names, names in zip(states, all_saved_names, all_names, strict=True):
-        named = NamedStates.from_optimizer_order(state, [_names_in(group, info, module) for group in saved_names])
+        named = NamedStates.from_optimizer_order(state, [_names_in(group, section, module) for group in saved_names])
         arranged.append(named.arranged_as(names, where).to_optimizer_order())
     checkpoint["optimizer_states"] = arranged
 
 
-def _names_in(saved_names: list[str], info: Mapping[str, Any], module: nn.Module) -> list[str]:
+def _names_in(saved_names: list[str], section: Section, module: nn.Module) -> list[str]:
     """Names in a file as the tensors are called in this module, where the network may stand at another place."""
-    saved_name_of = reroot({name: name for name in saved_names}, info, module)  # type: ignore[arg-type]
-    name_of = {saved: name for name, saved in saved_name_of.items()}
-    return [plain_name(name_of.get(saved, saved)) for saved in saved_names]
+    path = Adapters.of(module).path
+    return [plain_name(section.name_under(path, name)) for name in saved_names]

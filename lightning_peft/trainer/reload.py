@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_peft.checkpoint import adapter_state_dict, fitting_whole, inject_from, load_adapter, make_way
 from lightning_peft.errors import CheckpointError, PEFTError
-from lightning_peft.files import load_checkpoint, locate, read
+from lightning_peft.files import load_checkpoint, locate
 from lightning_peft.folders import as_file
 from lightning_peft.lightning_packages import every, fabric_module, package_of_class, why_unknown
+from lightning_peft.model.adapters import Adapters
 from lightning_peft.requirements import require_package
-from lightning_peft.trainable import find
+from lightning_peft.saving.checkpoint import adapter_state_dict, inject_saved, load_saved
+from lightning_peft.saving.saved_adapter import SavedAdapter
 from lightning_peft.trainer.session import Session
 from lightning_peft.untrusted import (
     check_functions,
@@ -61,7 +62,7 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
 
 
 def _from_file(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[str, Any]) -> Module:
-    state, info = read(file)  # one clear error for a plain, broken or unsafe file before anything is built
+    saved = SavedAdapter.read(file)  # one clear error for a plain, broken or unsafe file before anything is built
     if isinstance(cls_or_module, every("LightningModule")):
         if kwargs:
             raise PEFTError(f"Constructor arguments ({', '.join(kwargs)}) go with a class, not with an instance.")
@@ -69,22 +70,21 @@ def _from_file(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[st
         type(module).on_load_checkpoint(module, load_checkpoint(file))
     else:
         module = _build(cls_or_module, file, kwargs)
-    if info.get("save") == "full":
-        _load_whole(module, state, info, str(file))
-    elif find(module) is None or not _is_loaded(module, state):
-        load_adapter(module, file)
+    if saved.section.full:
+        _load_whole(module, saved)
+    elif Adapters.find(module) is None or not _is_loaded(module, saved.tensors):
+        load_saved(module, saved)
     Session.on(module).keep_small("trainable")
     return module
 
 
-def _load_whole(module: L.LightningModule, state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> None:
+def _load_whole(module: L.LightningModule, saved: SavedAdapter) -> None:
     """All weights of a file that holds the base as well; the module's own may be random."""
-    if find(module) is None:
-        inject_from(module, info, where, values=False)
-    state = fitting_whole(module, state, info, where)
-    make_way(module, state, whole=True)
+    adapters = Adapters.find(module) or inject_saved(module, saved.section, values=False)
+    tensors = saved.fitted_whole(adapters)
+    adapters.make_way(tensors, whole=True)
     Session.on(module).keep_small("full")
-    module.load_state_dict(state)
+    module.load_state_dict(tensors)
 
 
 def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
-from lightning_peft.trainable import require
+from lightning_peft.model.adapters import Adapters
 from lightning_peft.trainer.strategies import loads_late
 from lightning_peft.untrusted import short
 
@@ -69,6 +69,7 @@ def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume
         if key not in broken and not all(isinstance(entry, dict) for entry in checkpoint.get(key, [])):
             broken.append(key)
     late = module._trainer is not None and loads_late(module._trainer)  # sharded states are compared as they load
+    adapters = Adapters.of(module)
     if not late and "optimizer_states" not in broken:
         # A part that is frozen now may train later, and be in the optimizer of the file already.
         shapes = {parameter.shape for parameter in module.parameters()}
@@ -76,7 +77,7 @@ def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume
     if broken:
         raise CheckpointError(_damaged(", ".join(broken)))
     try:
-        for method, saved in zip(require(module)[0].methods, resume["methods"], strict=True):
+        for method, saved in zip(adapters.methods, resume["methods"], strict=True):
             method.load_resume_state(module, saved)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise CheckpointError(_damaged(str(error))) from error

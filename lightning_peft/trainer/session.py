@@ -35,19 +35,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_peft.errors import CheckpointError
-from lightning_peft.hollow import settle_base, waits
-from lightning_peft.injection import SESSION
 from lightning_peft.lightning_packages import every, rank_zero_warn
-from lightning_peft.switching import is_complete
-from lightning_peft.trainable import find, require
+from lightning_peft.model.adapters import Adapters
+from lightning_peft.model.hollow import settle_base, waits
+from lightning_peft.model.injection import SESSION
+from lightning_peft.saving.saved_adapter import check_base
+from lightning_peft.saving.section import Section
 from lightning_peft.trainer.checkpoint_io import use_safe_files
 from lightning_peft.trainer.checkpoints import compare, describe, filter_state, forgive_frozen
 from lightning_peft.trainer.driving import Transfer
 from lightning_peft.trainer.loading import loader_for
 from lightning_peft.trainer.optimizer_states import arrange_states
 from lightning_peft.trainer.strategies import explained, filters_itself, loads_late, settings
-from lightning_peft.verify import other_base, other_values
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -90,7 +89,7 @@ class Session:
         self._deferred: tuple[Callable[[], None], int] | None = None
         self._due: Callable[[], None] | None = None
         # between the loading of a checkpoint and the moment when the rest of it can be compared
-        self._unseen_base: dict[str, Any] | None = None
+        self._unseen_base: Section | None = None
         self._unsorted: dict[str, Any] | None = None
 
     @staticmethod
@@ -135,12 +134,12 @@ class Session:
     # ---- the module's checkpoints ----------------------------------------------------------------------------------
     def keep_small(self, save: str) -> None:
         """Make saving trainable-only and loading strict, from now on."""
-        injection = require(self.module)[0]
-        if is_complete(injection.methods):
+        adapters = Adapters.of(self.module)
+        if adapters.complete:
             save = "full"  # the whole state of the module, with all that a plain checkpoint holds
         callbacks = self.module._trainer.callbacks if self.module._trainer is not None else []
         if any(isinstance(callback, every("callbacks.WeightAveraging")) for callback in callbacks):
-            injection.samples.ignore_rounding = True
+            adapters.record.samples.ignore_rounding = True
         known = self.save is not None
         self.save = save
         if known:
@@ -153,7 +152,7 @@ class Session:
         self._cover("on_load_checkpoint", self._on_load_checkpoint)
 
     def _on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if find(self.module) is not None:
+        if Adapters.find(self.module) is not None:
             left_out = describe(self.module, checkpoint, self.save)
             if left_out and not self._warned:
                 self._warned = True
@@ -165,23 +164,20 @@ class Session:
         self._own("on_save_checkpoint")(checkpoint)
 
     def _on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        info = compare(self.module, checkpoint)
-        if info is not None and waits(self.module):
-            self._unseen_base = info
+        section = compare(self.module, checkpoint)
+        if section is not None and waits(self.module):
+            self._unseen_base = section
         trainer = self.module._trainer
-        fits = info is not None and trainer is not None and trainer.state.fn == "fit" and not loads_late(trainer)
+        fits = section is not None and trainer is not None and trainer.state.fn == "fit" and not loads_late(trainer)
         if fits and "optimizer_states" in checkpoint and "state_dict" in checkpoint:
             self._unsorted = checkpoint  # until the optimizers are there
         self._own("on_load_checkpoint")(checkpoint)
 
     def check_base(self) -> None:
         """Compare a base that was loaded late with that of the checkpoint."""
-        theirs, self._unseen_base = self._unseen_base, None
-        if settle_base(self.module) and theirs is not None:
-            injection = require(self.module)[0]
-            reason = other_values(injection, theirs)
-            if reason:
-                raise CheckpointError(other_base("The checkpoint", theirs, injection.base, reason))
+        section, self._unseen_base = self._unseen_base, None
+        if settle_base(self.module) and section is not None:
+            check_base(section, Adapters.of(self.module))
 
     def settle_optimizers(self, trainer: L.Trainer) -> None:
         """Bring the optimizer states of a checkpoint into the order of the optimizers that are there by now."""
@@ -242,7 +238,7 @@ class Session:
 def _filter_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Looks the session up when it is called, because torch notes something on a hook: a bound method does not do."""
     session, trainer = Session.of(module), module._trainer
-    if session is None or find(module) is None or (trainer is not None and filters_itself(trainer)):
+    if session is None or Adapters.find(module) is None or (trainer is not None and filters_itself(trainer)):
         return
     filter_state(module, state, prefix, session.save)
 

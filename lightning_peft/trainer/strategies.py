@@ -10,9 +10,8 @@ from lightning_peft.adapted import Adapted, Delta
 from lightning_peft.errors import TrainingError
 from lightning_peft.lightning_packages import every, rank_zero_warn
 from lightning_peft.method import Method
+from lightning_peft.model.adapters import Adapters, adapted_modules, state_names, trainable_names
 from lightning_peft.sharding import named_parameters, sharded
-from lightning_peft.switching import is_complete
-from lightning_peft.trainable import adapted_modules, require, state_names, trainable_names
 from lightning_peft.trainer.best import best_path
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def has_optimizers(trainer: L.Trainer) -> bool:
 def check_methods(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Methods that look at adapters between steps need to see them whole."""
     parts = ("regularizer", "transform_grads", "after_step")
-    for method in require(pl_module)[0].methods if not readable(trainer) else ():
+    for method in Adapters.of(pl_module).methods if not readable(trainer) else ():
         own = [p for p in parts if getattr(type(method), p) is not getattr(Method, p)]
         if own:
             raise TrainingError(
@@ -112,7 +111,7 @@ def stays_in_children(trainer: L.Trainer) -> bool:
     """
     if not isinstance(trainer.strategy.launcher, every("strategies.launchers._MultiProcessingLauncher")):
         return False
-    return not is_complete(require(trainer.lightning_module)[0].methods)
+    return not Adapters.of(trainer.lightning_module).complete
 
 
 def check_sharding(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

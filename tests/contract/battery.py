@@ -13,6 +13,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import Method, adapter_state_dict, trainable_names
+from lightning_peft.model.adapters import Adapters
 from tests.models import MODELS, batch
 
 #: QLoRA needs a base in 4 bits, which the models here are not: tests/methods/test_qlora.py
@@ -36,7 +37,7 @@ def example(config: Path, folder: Path, kind: str) -> Method:
 
 def train(model: nn.Module, kind: str, steps: int = 4, lr: float = 1e-2) -> dict[str, bool]:
     """A plain training loop; returns which trainable tensors got a non-zero gradient."""
-    method = lightning_peft.trainable.require(model)[0].methods[0]
+    method = Adapters.of(model).methods[0]
     optimizer = torch.optim.AdamW(method.param_groups(model, lr, 0.0))
     seen = dict.fromkeys(trainable_names(model), False)
     for step in range(1, steps + 1):

@@ -28,7 +28,7 @@ from lightning_peft import (
     load_from_checkpoint,
 )
 from lightning_peft.files import read
-from lightning_peft.trainable import find
+from lightning_peft.model.adapters import Adapters
 from tests.contract.battery import same
 from tests.distributed.members import METHODS, Member
 from tests.models import Plain, frozen_copy, loader, plain_loader, trainer
@@ -151,7 +151,7 @@ def in_children(tmp_path, start):
     module, saver = Plain(), ModelCheckpoint(tmp_path / "c", monitor="val_loss")
     run = trainer(tmp_path, PEFT(LoRA(r=2)), saver, Leave(), devices=2, strategy=start)
     run.fit(module, plain_loader(), plain_loader())
-    assert find(module) is None
+    assert Adapters.find(module) is None
     return module, run, saver.best_model_path
 
 

@@ -35,7 +35,7 @@ from lightning_peft import (
     save_adapter,
 )
 from lightning_peft.files import read
-from lightning_peft.trainable import MARK
+from lightning_peft.model.adapters import MARK
 from tests.contract.battery import shake
 from tests.faults import hostile
 from tests.faults.watch import Watch

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lightning_peft import load_adapter, load_from_checkpoint
-from lightning_peft.files import read
+from lightning_peft.saving.saved_adapter import SavedAdapter
 from tests.faults import workload
 from tests.faults.workload import WORK
 
@@ -59,7 +59,7 @@ def one(kind: str, folder: Path, delay: float, expected: Path) -> str:
     visible = [p for p in folder.rglob("*") if p.is_file() and not _temporary(p, folder)]
     for path in visible:
         if path.suffix in (".ckpt", ".safetensors") and "merged" not in path.parts and "peft" not in path.parts:
-            read(path)  # complete, sums included
+            SavedAdapter.read(path)  # complete, sums included
     return EXAMINE[kind](folder, expected)
 
 

@@ -35,11 +35,11 @@ from lightning_peft import (
     load_adapter,
     load_from_checkpoint,
 )
-from lightning_peft.checkpoint import section
 from lightning_peft.cli import main
 from lightning_peft.data.sources import read
 from lightning_peft.folders import _Unpickler
 from lightning_peft.formats.folder import read_folder
+from lightning_peft.saving.saved_adapter import SavedAdapter
 from lightning_peft.trainer.kept_files import is_inside
 from lightning_peft.untrusted import check_extent, known_class, settle_parameters, with_known_classes
 from tests.faults.hostile_runs import CASE, CONFIGS, EVIL, MODEL, PARAMETERS, Run, with_config, with_parameters
@@ -129,7 +129,7 @@ def test_any_module_is_built_without_the_permission(run, tmp_path):
     parameters = {"width": 7, "trust_remote_code": True, "options": {"code_revision": "x", "kept": [{"auto_map": 1}]}}
     net = Hungry(width=7)
     inject(net, LoRA(r=2))
-    info = section(net) | {"save": "trainable"}
+    info = SavedAdapter.of(net).section.as_dict() | {"save": "trainable"}
     content = {"state_dict": adapter_state_dict(net), "lightning_peft": info, "hyper_parameters": parameters}
     torch.save(content | {"pytorch-lightning_version": "2.6.6"}, tmp_path / "a.ckpt")
     module = load_from_checkpoint(Hungry, tmp_path / "a.ckpt")

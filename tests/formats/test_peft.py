@@ -41,7 +41,7 @@ from lightning_peft import (
     merge_and_unload,
     unload,
 )
-from lightning_peft.trainable import find
+from lightning_peft.model.adapters import Adapters
 from tests.contract.battery import shake, train
 from tests.models import MODELS, Foreign, batch
 
@@ -331,7 +331,7 @@ def test_names_that_end_like_others(tmp_path):
     assert ranks == {"base_model.model.0": 2, "base_model.model.10": 3}
     again = build()
     import_peft(again, tmp_path / "a")
-    assert find(again)[0].targets == [["0", "10"]]
+    assert Adapters.of(again).record.targets == [["0", "10"]]
     export_peft(again, tmp_path / "b")
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
 
@@ -446,7 +446,7 @@ def test_what_cannot_be_imported_changes_nothing(fields, message, tmp_path):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
         import_peft(model, tmp_path)
-    assert find(model) is None
+    assert Adapters.find(model) is None
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
@@ -461,7 +461,7 @@ def test_another_base_and_broken_folders(tmp_path):
     wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**model.config.to_dict(), "hidden_size": 16}))
     with pytest.raises(CheckpointError, match=r"other shapes in model.layers.0.self_attn.q_proj.delta.lora_A"):
         import_peft(wide, tmp_path / "a")
-    assert find(wide) is None
+    assert Adapters.find(wide) is None
     with pytest.raises(CheckpointError, match="is no folder: import_peft reads folders written by peft"):
         import_peft(MODELS["llama"](), tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"holds no adapter_config.json"):

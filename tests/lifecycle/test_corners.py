@@ -145,7 +145,7 @@ def test_a_failed_load_leaves_nothing_behind(tmp_path):
     trainer(tmp_path, PEFT(LoRA())).fit(module, plain_loader())
     save_adapter(module, tmp_path / "a.safetensors")
     state = dict(adapter_state_dict(module).items())
-    from lightning_peft.checkpoint import section
+    from lightning_peft.saving.saved_adapter import SavedAdapter
 
     for change in (
         lambda i: i["keys"].pop(),
@@ -155,7 +155,7 @@ def test_a_failed_load_leaves_nothing_behind(tmp_path):
         lambda i: i["methods"][0].update(targets=["0", 3]),
         lambda i: i["methods"][0]["config"].update(r=2),
     ):
-        info = copy.deepcopy(section(module))
+        info = SavedAdapter.of(module).section.as_dict()
         change(info)
         fresh = Plain()
         before, types = frozen_copy(fresh), [type(m) for m in fresh.modules()]

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_peft import PEFT, FullFineTuning, LoRA, TrainabilityCheck, TrainingError, adapter_state_dict, inject
-from lightning_peft.trainable import adapted_modules
+from lightning_peft.model.adapters import adapted_modules
 from tests.models import Plain, plain_loader, trainer
 
 

@@ -158,9 +158,9 @@ def test_merged_float_model(source, tmp_path):
 
 
 def _section(module):
-    from lightning_peft.checkpoint import section
+    from lightning_peft.saving.saved_adapter import SavedAdapter
 
-    return section(module)
+    return SavedAdapter.of(module).section.as_dict()
 
 
 def test_no_original_no_merge(source, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.checkpoint import Source
 from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.files import SECTION, read, write_adapter
+from lightning_peft.files import SECTION
 from lightning_peft.fingerprint import difference
-from lightning_peft.format1 import upgraded
 from lightning_peft.methods.lora import LoRA
-from lightning_peft.sections import verify_finite, verify_keys, verify_section
-from lightning_peft.verify import method_from
+from lightning_peft.saving.saved_adapter import SavedAdapter, Source
+from lightning_peft.saving.section import SavedMethod
 
 How = Literal["linear", "cat", "svd", "ties", "dare"]
 #: A and B of one matrix, (…, r, in) and (…, out, r), with everything in them: the correction is B·A
@@ -74,19 +73,28 @@ def combine(
     4
     """
     weights = _checked(paths, weights, how, r, density, path)
-    opened = [_open(p) for p in paths]
-    for where, _, info, _ in opened[1:]:
-        _same_base(opened[0], where, info)
+    read = [_read(source) for source in paths]
+    network = read[0].section.network
+    adapters = [saved.under("") for saved in read]  # the networks may have stood at different paths
+    for other in adapters[1:]:
+        _check_same_base(adapters[0], other)
     generator = torch.Generator().manual_seed(seed)
-    found = [_read_corrections(*one) for one in opened]
-    merged: dict[str, tuple[Factors, Tails]] = {}
-    for name in dict.fromkeys(n for corrections in found for n in corrections):
-        parts = [(w, c[name][0]) for w, c in zip(weights, found, strict=True) if name in c]
-        tails = next(c[name][1] for c in found if name in c)
+    corrections = [_corrections(saved) for saved in adapters]
+    combined: dict[str, tuple[Factors, Tails]] = {}
+    for name in dict.fromkeys(name for correction in corrections for name in correction):
+        parts, tails = [], None
+        for weight, correction in zip(weights, corrections, strict=True):
+            if name in correction:
+                factors, own_tails = correction[name]
+                parts.append((weight, factors))
+                tails = tails or own_tails
         if len({(A.shape[-1], B.shape[:-1]) for _, (A, B) in parts}) > 1:
             raise CheckpointError(f"combine: the files correct {name} in different shapes, so they do not add up.")
-        merged[name] = _combined(how, parts, r, density, generator), tails
-    return _finish(opened, weights, merged, path)
+        combined[name] = _combined(how, parts, r, density, generator), tails
+    result = _result(adapters, weights, combined).under(network)
+    if path is not None:
+        result.write(Path(path))
+    return {"state_dict": result.tensors, SECTION: result.section.as_dict()}
 
 
 def _checked(paths, weights, how, r, density, path) -> list[float]:
@@ -108,66 +116,72 @@ def _checked(paths, weights, how, r, density, path) -> list[float]:
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
-def _open(source: Source) -> tuple[str, dict[str, Tensor], dict[str, Any], Any]:
-    where = "the state dict" if isinstance(source, Mapping) else str(source)
-    if isinstance(source, Mapping):
-        if SECTION not in source:
-            raise CheckpointError(f"combine: {where} holds no {SECTION!r} section, so it does not say what it is.")
-        state, info = upgraded(source["state_dict"], source[SECTION])
-    else:
-        state, info = read(source)
-    verify_section(info, where)
-    verify_keys(state, info, where)
-    verify_finite({k: state[k] for k in info["keys"]}, where)
-    if len(info["methods"]) != 1:
-        raise CheckpointError(f"{where} holds {len(info['methods'])} methods; combine takes files with one.")
-    method = method_from(info["methods"][0], where)
+def _read(source: Source) -> SavedAdapter:
+    """An adapter whose corrections add up, without a base beside it."""
+    if isinstance(source, Mapping) and SECTION not in source:
+        raise CheckpointError(f"combine: the state dict holds no {SECTION!r} section, so it does not say what it is.")
+    saved = SavedAdapter.read(source).without_base()
+    saved.check_finite(saved.section.keys)
+    if len(saved.methods) != 1:
+        raise CheckpointError(f"{saved.where} holds {len(saved.methods)} methods; combine takes files with one.")
+    method: Any = saved.methods[0]
     if not getattr(method, "additive", False):
         reason = getattr(method, "why_not_additive", "it is no sum of a weight and a product of two factors.")
-        raise CheckpointError(f"{where} was trained with {type(method).__name__}, which cannot be combined: {reason}")
-    if getattr(method, "fused_parts", None):
-        raise CheckpointError(f"{where} has factors for parts of fused projections, which combine does not take.")
-    return where, {k: state[k] for k in info["keys"]}, dict(info), method
-
-
-def _same_base(first, where: str, info: Mapping[str, Any]) -> None:
-    theirs, ours = info["modules_to_save"], first[2]["modules_to_save"]
-    if set(theirs) != set(ours):
-        raise CheckpointError(f"{where} trains {theirs} in full, {first[0]} trains {ours}: they do not combine.")
-    reason = difference(first[2]["base"], info["base"])
-    if reason:
-        raise CheckpointError(f"{where} and {first[0]} were trained on different base models: {reason}.")
-
-
-def _read_corrections(where: str, state, info, method) -> dict[str, tuple[Factors, Tails]]:
-    try:
-        if not all(t.is_floating_point() for n, t in state.items() if n.endswith((".lora_A", ".lora_B"))):
-            raise ValueError("they are no real numbers")
-        found = _corrections(state, info, method)
-        if any(A.shape[-2] != B.shape[-1] for (A, B), _ in found.values()):
-            raise ValueError("A and B have different ranks")
-        return found
-    except (LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{where} is damaged: its factors are none of {type(method).__name__}: {error}."
-        ) from error
+            f"{saved.where} was trained with {type(method).__name__}, which cannot be combined: {reason}"
+        )
+    if getattr(method, "fused_parts", None):
+        raise CheckpointError(f"{saved.where} has factors for parts of fused projections, which combine does not take.")
+    return saved
 
 
-def _corrections(state, info, method) -> dict[str, tuple[Factors, Tails]]:
-    """By the factors' name without the network's path: A and B, and what their last dimension was folded from."""
-    prefix, found = info["network"], {}
-    for key in state:
-        name, _, leaf = key.rpartition(".")
-        if leaf != "lora_A":
-            continue
-        plain = name.removeprefix(prefix)
-        own = {k.rpartition(".")[2]: t for k, t in state.items() if k.rpartition(".")[0] == name}
-        own = {k: t.to(torch.promote_types(t.dtype, torch.float32)) for k, t in own.items()}
-        stacked = _stacked(own["lora_A"], own["lora_B"])
-        tails = tuple(own["lora_A"].shape[stacked + 1 :]), tuple(own["lora_B"].shape[stacked + 2 :])
-        scaling = method.scaling(_target(plain, info["methods"][0]["targets"]))
-        found[plain] = method.factors.saved(own, scaling, stacked), tails
-    return found
+def _check_same_base(first: SavedAdapter, other: SavedAdapter) -> None:
+    theirs, ours = other.section.modules_to_save, first.section.modules_to_save
+    if set(theirs) != set(ours):
+        raise CheckpointError(
+            f"{other.where} trains {theirs} in full, {first.where} trains {ours}: they do not combine."
+        )
+    reason = difference(first.section.base, other.section.base)
+    if reason:
+        raise CheckpointError(f"{other.where} and {first.where} were trained on different base models: {reason}.")
+
+
+def _corrections(saved: SavedAdapter) -> dict[str, tuple[Factors, Tails]]:
+    """By the name of a pair of factors: A and B in float32 or wider, and what their last dimensions were folded from.
+
+    Raises:
+        CheckpointError: the factors are not those of the file's method.
+    """
+    try:
+        corrections = {}
+        for key in saved.tensors:
+            name, _, leaf = key.rpartition(".")
+            if leaf == "lora_A":
+                corrections[name] = _correction(saved, name)
+        return corrections
+    except (LookupError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        kind = type(saved.methods[0]).__name__
+        raise CheckpointError(f"{saved.where} is damaged: its factors are none of {kind}: {error}.") from error
+
+
+def _correction(saved: SavedAdapter, name: str) -> tuple[Factors, Tails]:
+    """The pair of factors called ``name``."""
+    method: Any = saved.methods[0]
+    own = {}
+    for key, tensor in saved.tensors.items():
+        owner, _, leaf = key.rpartition(".")
+        if owner == name:
+            if not tensor.is_floating_point():
+                raise ValueError("they are no real numbers")
+            # sums of several adapters need the headroom of float32
+            own[leaf] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    stacked = _stacked(own["lora_A"], own["lora_B"])
+    tails = tuple(own["lora_A"].shape[stacked + 1 :]), tuple(own["lora_B"].shape[stacked + 2 :])
+    scaling = method.scaling(_target(name, saved.section.targets))
+    A, B = method.factors.saved(own, scaling, stacked)
+    if A.shape[-2] != B.shape[-1]:
+        raise ValueError("A and B have different ranks")
+    return (A, B), tails
 
 
 def _target(name: str, targets: Sequence[str]) -> str:
@@ -181,54 +195,61 @@ def _stacked(A: Tensor, B: Tensor) -> int:
     return int(A.ndim == 3 and not (A.shape[0] == B.shape[1] and B.shape[2] == 1))
 
 
-def _finish(opened, weights: list[float], merged: dict[str, tuple[Factors, Tails]], path) -> dict[str, Any]:
-    _, _, info, method = opened[0]
-    prefix = info["network"]
-    targets = list(dict.fromkeys(t for _, _, i, _ in opened for t in i["methods"][0]["targets"]))
+def _result(
+    adapters: list[SavedAdapter], weights: list[float], combined: dict[str, tuple[Factors, Tails]]
+) -> SavedAdapter:
+    """A `LoRA` adapter with the combined factors, and the means of what was trained in full."""
+    targets = list(dict.fromkeys(name for saved in adapters for name in saved.section.targets))
     ranks: dict[str, int] = {}
-    for name, ((A, _), _) in merged.items():  # the matrices of one module share its rank
+    for name, ((A, _), _) in combined.items():  # the matrices of one module share its rank
         target = _target(name, targets)
         ranks[target] = max(ranks.get(target, 0), A.shape[-2])
-    state: dict[str, Tensor] = {}
-    for name, ((A, B), (kernel, ones)) in merged.items():
+    tensors: dict[str, Tensor] = {}
+    for name, ((A, B), (kernel, ones)) in combined.items():
         more = ranks[_target(name, targets)] - A.shape[-2]
         A, B = F.pad(A, (0, 0, 0, more)), F.pad(B, (0, more))
-        state[f"{prefix}{name}.lora_A"] = A.reshape(*A.shape[:-1], *kernel).contiguous()
-        state[f"{prefix}{name}.lora_B"] = B.reshape(*B.shape, *ones).contiguous()
-    state |= _means(opened, weights)
-    new = _method(method, targets, ranks)
-    entry = {"type": "LoRA", "config": new.config(), "targets": targets}
-    info = info | {"methods": [entry], "keys": list(state), "trainable": list(state), "save": "trainable"}
-    info.pop("resume", None)
-    if path is not None:
-        write_adapter(Path(path), state, info)
-    return {"state_dict": state, SECTION: info}
+        tensors[f"{name}.lora_A"] = A.reshape(*A.shape[:-1], *kernel).contiguous()
+        tensors[f"{name}.lora_B"] = B.reshape(*B.shape, *ones).contiguous()
+    tensors |= _means(adapters, weights)
+    method = _method(adapters[0].methods[0], targets, ranks)
+    section = dataclasses.replace(
+        adapters[0].section,
+        methods=[SavedMethod("LoRA", method.config(), targets)],
+        keys=list(tensors),
+        trainable=list(tensors),
+    )
+    return SavedAdapter(section, tensors)
 
 
-def _method(old, targets: list[str], ranks: dict[str, int]) -> LoRA:
+def _method(old: Any, targets: list[str], ranks: dict[str, int]) -> LoRA:
     """LoRA with scaling 1 everywhere, whatever the ranks."""
     r = max(ranks.values())
-    odd = {f"re:{re.escape(t)}": n for t, n in ranks.items() if n != r}
+    odd = {f"re:{re.escape(target)}": rank for target, rank in ranks.items() if rank != r}
     kept = {"bias": getattr(old, "bias", "none"), "modules_to_save": old.modules_to_save}
     return LoRA(r=r, alpha=r, rank_pattern=odd, alpha_pattern=dict(odd), target_modules=targets, **kept)
 
 
-def _means(opened, weights: list[float]) -> dict[str, Tensor]:
+def _means(adapters: list[SavedAdapter], weights: list[float]) -> dict[str, Tensor]:
     """Everything trained in full, as a weighted mean."""
-    prefix, found = opened[0][2]["network"], {}
-    plain = [([n.removeprefix(i["network"]) for n in s], i["methods"][0]["targets"]) for _, s, i, _ in opened]
-    names = [[n for n in group if not _target(n, targets)] for group, targets in plain]
-    if any(set(n) != set(names[0]) for n in names):
-        odd = sorted(set().union(*names) - set(names[0]).intersection(*names))
-        raise CheckpointError(f"combine: not all files hold {odd[0]!r}, which is trained in full, so it has no mean.")
+    names = []
+    for saved in adapters:
+        names.append([name for name in saved.tensors if not _target(name, saved.section.targets)])
+    different = set().union(*names) - set(names[0]).intersection(*names)
+    if different:
+        raise CheckpointError(
+            f"combine: not all files hold {min(different)!r}, which is trained in full, so it has no mean."
+        )
     total = sum(weights)
     if names[0] and abs(total) < 1e-6:
         raise ConfigError("combine: the weights sum to 0, which gives no mean of the heads and biases in the files.")
+    means = {}
     for name in names[0]:
-        values = [s[i["network"] + name] for _, s, i, _ in opened]
-        mean = sum(w * v.double() for w, v in zip(weights, values, strict=True)) / (total or 1)
-        found[prefix + name] = mean.to(values[0].dtype) if values[0].is_floating_point() else values[0]
-    return found
+        values = [saved.tensors[name] for saved in adapters]
+        means[name] = values[0]
+        if values[0].is_floating_point():
+            mean = sum(w * v.double() for w, v in zip(weights, values, strict=True)) / (total or 1)
+            means[name] = mean.to(values[0].dtype)
+    return means
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------------------------

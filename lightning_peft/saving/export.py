@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from lightning_peft.checkpoint import adapter_state_dict, load_adapter, section
 from lightning_peft.errors import MergeError, PEFTError
-from lightning_peft.files import SECTION
-from lightning_peft.merging import merge_and_unload, packed_obstacle, tied_parameters
+from lightning_peft.model.adapters import Adapters
+from lightning_peft.model.merging import merge_and_unload, packed_obstacle, tied_parameters
 from lightning_peft.quantized import bits
 from lightning_peft.replacing import replacing_folder
-from lightning_peft.trainable import MARK, require
+from lightning_peft.saving.checkpoint import load_saved
+from lightning_peft.saving.saved_adapter import SavedAdapter
 
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model"),
@@ -53,7 +53,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
     >>> inject(net, LoRA()); save_merged(net, folder); os.listdir(folder)
     ['model.safetensors']
     """
-    _, _, root = require(model)
+    root = Adapters.of(model).network
     target = Path(directory).expanduser()
     check_target(target, root)
     merged = plain_copy(root)
@@ -123,10 +123,9 @@ def _no_bar() -> Iterator[None]:
 
 def plain_copy(root: nn.Module) -> nn.Module:
     """A merged copy of the network without wrappers, on the CPU."""
-    assert MARK in root.__dict__
     if reason := packed_obstacle(root):
         merged = float_base(root, reason)
-        load_adapter(merged, {"state_dict": adapter_state_dict(root), SECTION: section(root)})
+        load_saved(merged, SavedAdapter.of(root))
     else:
         merged = copy.deepcopy(root).cpu()
     tied = tied_parameters(merged)

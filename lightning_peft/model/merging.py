@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_peft.errors import MergeError
-from lightning_peft.injection import check_removable, end_session, remove
+from lightning_peft.model.adapters import Adapters, adapted_modules, adapter_tensors
+from lightning_peft.model.injection import end_session
 from lightning_peft.quantized import packed
-from lightning_peft.switching import switch
-from lightning_peft.trainable import adapted_modules, adapter_tensors, refuse_disabled, refuse_flat, require
 
 
 def merge(model: nn.Module) -> None:
@@ -29,12 +28,12 @@ def merge(model: nn.Module) -> None:
     >>> net[0].weight is before
     True
     """
-    injection, _, root = require(model)
-    refuse_disabled(injection, "merge")
-    if injection.merged:
+    adapters = Adapters.of(model)
+    adapters.refuse_disabled("merge")
+    if adapters.record.merged:
         raise MergeError("The model is merged already; unmerge(model) takes the adapters out of the weights again.")
-    refuse(model)
-    switch(injection, root, merged=True)
+    refuse(adapters)
+    adapters.switch(merged=True)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -43,10 +42,10 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         MergeError: the model is not merged.
     """
-    injection, _, root = require(model)
-    if not injection.merged:
+    adapters = Adapters.of(model)
+    if not adapters.record.merged:
         raise MergeError("The model is not merged, so there is nothing to unmerge.")
-    switch(injection, root, merged=False)
+    adapters.switch(merged=False)
 
 
 def merge_and_unload(model: nn.Module) -> None:
@@ -58,13 +57,14 @@ def merge_and_unload(model: nn.Module) -> None:
     >>> inject(net, LoRA()); merge_and_unload(net); type(net[0]).__name__
     'Linear'
     """
-    injection, _, root = require(model)
-    refuse_disabled(injection, "merge_and_unload")
-    refuse(model)
-    check_removable(root)
+    adapters = Adapters.of(model)
+    adapters.refuse_disabled("merge_and_unload")
+    refuse(adapters)
+    adapters.check_removable()
+    root = adapters.network
     tied = tied_parameters(root)
-    switch(injection, root, merged=True)
-    remove(injection, root)
+    adapters.switch(merged=True)
+    adapters.remove()
     end_session(model)
     config = getattr(root, "config", None)
     left = tied_parameters(root)
@@ -75,21 +75,21 @@ def merge_and_unload(model: nn.Module) -> None:
                 _separate(root, name, root.get_parameter(first))
 
 
-def refuse(model: nn.Module) -> None:
+def refuse(adapters: Adapters) -> None:
     """Raise a `MergeError` with the reason if a method in the model does not merge."""
-    refuse_flat(model, "merge")
-    for method in require(model)[0].methods:
+    adapters.refuse_flat("merge")
+    for method in adapters.methods:
         if not method.mergeable:
             raise MergeError(
                 f"{type(method).__name__} cannot be merged: {method.why_not_mergeable} Keep the adapter beside the"
                 " base: save_adapter(model, path)."
             )
-    if reason := packed_obstacle(model):
+    if reason := packed_obstacle(adapters.model):
         raise MergeError(
             f"Cannot merge in place: {reason} save_merged(model, folder) writes a merged float model where the original"
             " base can be loaded again."
         )
-    if reason := obstacle(model):
+    if reason := obstacle(adapters.model):
         raise MergeError(f"Cannot merge {reason}")
 
 

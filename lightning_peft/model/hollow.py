@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lightning_peft.adapted import Delta
 from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.fingerprint import sketch_of
-from lightning_peft.injection import inject
+from lightning_peft.fingerprint import with_values
 from lightning_peft.method import Method
+from lightning_peft.model.adapters import Adapters, copies, persistent_buffers
+from lightning_peft.model.injection import inject
 from lightning_peft.samples import Samples
 from lightning_peft.sharding import reshard, whole, write
-from lightning_peft.trainable import base_weights, find, persistent_buffers, require
 
 
 def is_hollow(model: nn.Module) -> bool:
@@ -49,7 +49,7 @@ def inject_hollow(model: nn.Module, methods: Sequence[Method]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Delta):
             module.starts = starts[name]
-    require(model)[0].awaits_base = True
+    Adapters.of(model).record.awaits_base = True
 
 
 def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -69,7 +69,8 @@ def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     >>> net = nn.Sequential(nn.Linear(2, 2)); state = net.state_dict()
     >>> inject(net, LoRA()); load_base(net, state)
     """
-    injection, _, root = require(model)
+    adapters = Adapters.of(model)
+    root = adapters.network
     reshard(root)
     targets = dict(base_tensors(root))
     lost = sorted(n for n, t in targets.items() if n not in state or state[n].shape != t.shape)
@@ -77,7 +78,7 @@ def load_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"The state dict lacks {', '.join(lost[:4])} of {type(root).__name__}, or in that shape.")
     for name, tensor in targets.items():
         write(tensor, state[name])
-    injection.samples.update(base_weights(injection, root))
+    adapters.record.samples.update(adapters.base_weights())
 
 
 def base_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -104,20 +105,21 @@ def settle_base(model: nn.Module) -> bool:
     """
     if not waits(model):
         return False
-    injection, _, root = require(model)
-    injection.awaits_base = False
+    adapters = Adapters.of(model)
+    record, root = adapters.record, adapters.network
+    record.awaits_base = False
     reshard(root)
     parameters = {n: p for n, p in base_tensors(root) if isinstance(p, nn.Parameter)}
-    injection.base |= sketch_of([whole(parameters[n].detach()) for n in sorted(parameters)])
-    injection.samples = Samples(base_weights(injection, root))
-    injection.buffers = {n: b.detach().clone() for n, b in persistent_buffers(root).items()}
+    record.base = with_values(record.base, [whole(parameters[n].detach()) for n in sorted(parameters)])
+    record.samples = Samples(adapters.base_weights())
+    record.start_buffers = copies(persistent_buffers(root))
     return True
 
 
 def waits(model: nn.Module) -> bool:
     """Whether base values are still to come."""
-    found = find(model)
-    return found is not None and found[0].awaits_base
+    adapters = Adapters.find(model)
+    return adapters is not None and adapters.record.awaits_base
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from lightning_peft.heads import unmarked_heads
 from lightning_peft.lowrank import stacked
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method
+from lightning_peft.model.adapters import Adapters, adapter_tensors, model_tensors
 from lightning_peft.paths import size as size
-from lightning_peft.trainable import adapter_names, adapter_tensors, model_tensors, require
 
 
 def summarize(model: nn.Module) -> dict[str, Any]:
@@ -39,41 +39,42 @@ def summarize(model: nn.Module) -> dict[str, Any]:
     >>> s = summarize(net); s["trainable"], s["total"], [f["name"] for f in s["frozen"]]
     (20, 240, ['1'])
     """
-    injection, _, root = require(model)
-    if injection.summary is not None:
-        return dict(injection.summary)
-    parameters, tensors = dict(root.named_parameters()), model_tensors(model)
+    adapters = Adapters.of(model)
+    record, root = adapters.record, adapters.network
+    if record.summary is not None:
+        return dict(record.summary)
+    parameters = dict(root.named_parameters())
     added = adapter_tensors(root)
-    trained = set(injection.trained)
+    trained = set(record.trained)
     trainable = {n: p for n, p in parameters.items() if n in trained or p.requires_grad}
     total = sum(_count(p) for p in parameters.values())
     count = sum(_count(p) for p in trainable.values())
     frozen = _frozen(root, trainable)
-    experts = _frozen_experts(root, injection.methods, trainable, [part["name"] for part in frozen])
+    experts = _frozen_experts(root, adapters.methods, trainable, [part["name"] for part in frozen])
     return {
-        "methods": [{"name": type(m).__name__, **m.config()} for m in injection.methods],
+        "methods": [{"name": type(m).__name__, **m.config()} for m in adapters.methods],
         "trainable": count,
         "total": total,
         "percent": 100 * count / max(total, 1),
-        "adapter_bytes": sum(_bytes(tensors[n]) for n in adapter_names(model)),
+        "adapter_bytes": sum(map(_bytes, adapters.tensors().values())),
         "base_bytes": sum(_bytes(p) for p in parameters.values() if id(p) not in added),
         "targets": _rows(trainable),
-        "saved_modules": list(injection.saved),
-        "new_modules": list(injection.new),
+        "saved_modules": list(record.modules_to_save),
+        "new_modules": list(record.new_modules),
         "untrained_heads": [name for name in unmarked_heads(root) if f"{name}.weight" not in trainable],
         "frozen": frozen + [row for row in experts if row["name"] not in {part["name"] for part in frozen}],
         "frozen_experts": experts,
         "corrected_weights": _corrected_weights(root),
-        "fingerprint": injection.base["values"],
+        "fingerprint": record.base.values,
     }
 
 
 def keep_sizes(model: nn.Module) -> None:
     """Remember counts and shapes before a strategy flattens the parameters."""
-    injection = require(model)[0]
-    if injection.summary is None:
-        injection.summary = summarize(model)
-        injection.shapes = {n: logical_shape(t) for n, t in model_tensors(model).items()}
+    record = Adapters.of(model).record
+    if record.summary is None:
+        record.summary = summarize(model)
+        record.shapes = {n: logical_shape(t) for n, t in model_tensors(model).items()}
 
 
 def describe(model: nn.Module) -> str:

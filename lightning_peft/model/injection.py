@@ -5,11 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_peft.adapted import check_releasable
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.fields import settle
 from lightning_peft.fingerprint import fingerprint
@@ -17,23 +15,18 @@ from lightning_peft.guards import undone_on_error
 from lightning_peft.heads import new_modules, resolve_modules
 from lightning_peft.match import as_patterns
 from lightning_peft.method import Method, brief
-from lightning_peft.quantized import bits
-from lightning_peft.readers import RootReader, close_to_readers, open_to_readers
-from lightning_peft.samples import Samples
-from lightning_peft.sharding import reshard, write
-from lightning_peft.switching import is_complete, refuse_complete, reset_buffers, switch
-from lightning_peft.trainable import (
+from lightning_peft.model.adapters import (
     MARK,
+    Adapters,
     Injection,
-    adapted_modules,
-    base_weights,
-    find,
-    network,
+    copies,
+    is_complete,
+    network_of,
     persistent_buffers,
-    refuse_disabled,
-    refuse_flat,
-    require,
 )
+from lightning_peft.quantized import bits
+from lightning_peft.readers import RootReader, open_to_readers
+from lightning_peft.samples import Samples
 
 Methods = Method | Sequence[Method]
 #: where a LightningModule keeps what is patched on it for the Trainer; an object with a ``remove`` that undoes it
@@ -64,46 +57,35 @@ def inject(model: nn.Module, method: Methods) -> None:
     16
     """
     methods = as_methods(method)
-    found = find(model)
-    if found is not None:
-        _check_same(found[0], methods)
+    adapters = Adapters.find(model)
+    if adapters is not None:
+        _check_same(adapters.methods, methods)
         return
-    prefix, root = network(model)
-    place(root, methods, [m.targets(root, prefix) for m in methods], *_saved(root, methods, prefix))
-    settle_outside(model)
+    prefix, root = network_of(model)
+    targets = [m.targets(root, prefix) for m in methods]
+    inject_at(model, methods, targets, *_modules_to_save(root, methods, prefix))
 
 
-def settle_outside(model: nn.Module) -> None:
-    """Freeze what stands beside the network (networks inside metrics); remember the buffers there."""
-    injection, prefix, _ = require(model)
-    if not prefix:
-        return
-    for name, parameter in model.named_parameters():
-        if not name.startswith(prefix):
-            parameter.requires_grad_(False)
-    beside = {n: b for n, b in persistent_buffers(model).items() if not n.startswith(prefix)}
-    injection.outside = {n: b.detach().clone() for n, b in beside.items()}
-
-
-def place(
-    root: nn.Module,
+def inject_at(
+    model: nn.Module,
     methods: list[Method],
     targets: list[dict[str, nn.Module]],
-    saved: list[str],
+    modules_to_save: list[str],
     new: list[str],
-) -> None:
-    """Inject at modules that are already chosen (by patterns, or by the names in a checkpoint)."""
+) -> Adapters:
+    """Inject at modules that are already chosen (by patterns, or by the names in a file)."""
+    prefix, root = network_of(model)
     _check_shapes(root)
-    targets = [_outside(m, chosen, saved) for m, chosen in zip(methods, targets, strict=True)]
+    targets = [_outside(m, chosen, modules_to_save) for m, chosen in zip(methods, targets, strict=True)]
     _check_overlap(methods, targets)
-    thawed = _thawed(root, methods, targets, saved)
+    thawed = _thawed(root, methods, targets, modules_to_save)
     injection = Injection(
         methods=methods,
         targets=[list(chosen) for chosen in targets],
-        saved=saved,
-        new=new,
+        modules_to_save=modules_to_save,
+        new_modules=new,
         base=fingerprint(root, {id(p) for p in thawed}),
-        flags={n: p.requires_grad for n, p in root.named_parameters()},
+        required_grad={n: p.requires_grad for n, p in root.named_parameters()},
     )
     base = list(root.parameters())
     with undone_on_error(root):
@@ -114,16 +96,30 @@ def place(
         parameter.requires_grad_(False)
     for parameter in thawed:
         parameter.requires_grad_(True)
-    keep = {id(p) for p in thawed} if not is_complete(methods) else set()
-    injection.trained = [n for n, p in root.named_parameters() if p.requires_grad]
-    injection.frozen = [n for n, p in root.named_parameters() if not p.requires_grad]
-    if not is_complete(methods):
-        injection.samples = Samples(base_weights(injection, root))
-    injection.buffers = {n: b.detach().clone() for n, b in persistent_buffers(root).items()}
-    injection.before = {n: p.detach().clone() for n, p in root.named_parameters() if id(p) in keep}
+    if not is_complete(methods):  # full fine-tuning keeps no copy of the base
+        thawed_ids = {id(p) for p in thawed}
+        values = {n: p for n, p in root.named_parameters() if id(p) in thawed_ids}
+        injection.start_values = copies(values)
+    injection.start_buffers = copies(persistent_buffers(root))
     root.__dict__[MARK] = injection
+    adapters = Adapters.of(model)
+    adapters.note_parameters()
+    if not adapters.complete:
+        injection.samples = Samples(adapters.base_weights())
     if not injection.trained:
-        raise_untrained(root)
+        _raise_untrained(adapters)
+    if prefix:
+        _settle_outside(adapters)
+    return adapters
+
+
+def _settle_outside(adapters: Adapters) -> None:
+    """Freeze what stands beside the network (networks inside metrics), and note the buffers there."""
+    for name, parameter in adapters.model.named_parameters():
+        if not name.startswith(adapters.path):
+            parameter.requires_grad_(False)
+    buffers = persistent_buffers(adapters.model)
+    adapters.record.outside_buffers = copies({n: b for n, b in buffers.items() if not n.startswith(adapters.path)})
 
 
 def unload(model: nn.Module) -> None:
@@ -135,19 +131,13 @@ def unload(model: nn.Module) -> None:
     >>> inject(net, LoRA()); unload(net); list(net.state_dict())
     ['0.weight', '0.bias']
     """
-    injection, _, root = require(model)
-    refuse_complete(injection, "unload")
-    refuse_flat(model, "unload")
-    refuse_disabled(injection, "unload")
-    check_removable(root)
-    switch(injection, root, merged=False)
-    reshard(root)
-    values = dict(root.named_parameters())
-    with torch.no_grad():
-        for name, old in injection.before.items():
-            write(values[name], old)
-    reset_buffers(injection, root)
-    remove(injection, root)
+    adapters = Adapters.of(model)
+    adapters.refuse_complete("unload")
+    adapters.refuse_flat("unload")
+    adapters.refuse_disabled("unload")
+    adapters.check_removable()
+    adapters.reset()
+    adapters.remove()
     end_session(model)
 
 
@@ -156,22 +146,6 @@ def end_session(model: nn.Module) -> None:
     session = model.__dict__.get(SESSION)
     if session is not None:
         session.remove()
-
-
-def remove(injection: Injection, root: nn.Module) -> None:
-    """Take adapters and record out of the network; base values stay as they are."""
-    close_to_readers(root, injection.root_reader)
-    for m, names in zip(reversed(injection.methods), reversed(injection.targets), strict=True):
-        m.detach(root, names)
-    for name, parameter in root.named_parameters():
-        parameter.requires_grad_(injection.flags.get(name, parameter.requires_grad))
-    del root.__dict__[MARK]
-
-
-def check_removable(root: nn.Module) -> None:
-    """Raise a `PEFTError` if adapters cannot be taken out of their layers."""
-    for name, layer in adapted_modules(root):
-        check_releasable(layer, name)
 
 
 def _open_to_readers(root: nn.Module) -> RootReader:
@@ -201,22 +175,20 @@ def as_methods(method: Methods) -> list[Method]:
     return methods
 
 
-def raise_untrained(root: nn.Module) -> None:
+def _raise_untrained(adapters: Adapters) -> None:
     """Undo an injection that left nothing to train, and say so."""
-    injection = root.__dict__[MARK]
-    remove(injection, root)
-    names = " + ".join(type(m).__name__ for m in injection.methods)
-    if not injection.flags:
+    adapters.remove()
+    names = " + ".join(type(m).__name__ for m in adapters.methods)
+    network = type(adapters.network).__name__
+    if not adapters.record.required_grad:
         raise ConfigError(
-            f"{names}: {type(root).__name__} has no parameters yet. Build the network in `__init__` or"
+            f"{names}: {network} has no parameters yet. Build the network in `__init__` or"
             " `configure_model`, not in `setup` (callbacks are set up before the module)."
         )
-    raise ConfigError(
-        f"{names} leaves nothing to train in {type(root).__name__}: all its parameters were frozen before."
-    )
+    raise ConfigError(f"{names} leaves nothing to train in {network}: all its parameters were frozen before.")
 
 
-def _saved(root: nn.Module, methods: list[Method], prefix: str) -> tuple[list[str], list[str]]:
+def _modules_to_save(root: nn.Module, methods: list[Method], prefix: str) -> tuple[list[str], list[str]]:
     if is_complete(methods):
         return [], []
     patterns = [p for m in methods for p in as_patterns(getattr(m, "modules_to_save", None))]
@@ -249,10 +221,10 @@ def _outside(method: Method, chosen: dict[str, nn.Module], saved: list[str]) -> 
     return left
 
 
-def _check_same(injection: Injection, methods: list[Method]) -> None:
-    if injection.methods == methods:
+def _check_same(present: list[Method], methods: list[Method]) -> None:
+    if present == methods:
         return
-    ours, theirs = (" + ".join(map(brief, some)) for some in (injection.methods, methods))
+    ours, theirs = (" + ".join(map(brief, some)) for some in (present, methods))
     raise ConfigError(
         f"The model is adapted already, by {ours}; it cannot take {theirs} on top."
         " Call unload(model) or build the model again; give several methods at once as a list."
