@@ -40,6 +40,8 @@ from lightning_peft.quantized import packed
 from lightning_peft.sharding import gathered, sharded, write
 
 _NARROW = (torch.float16, torch.bfloat16)
+#: corrected tensors that were read, by name and whether gradients were recorded, behind what they were made from
+Window = dict[tuple[str, bool], tuple[Tensor, Tensor]]
 #: a hook's key that torch never gives out
 _EMPTY_HOOK = -1
 
@@ -93,7 +95,7 @@ class AdapterState:
         self.originals: dict[str, nn.Parameter] = {}
         self.base_forward: Callable[..., Any] | None = None
         self.name = ""
-        self.windows: dict[int, dict[tuple[str, bool], Tensor] | None] = {}
+        self.windows: dict[int, Window | None] = {}
         self.must_be_called = False
         self.reads: tuple[str, ...] = ()
 
@@ -207,12 +209,7 @@ class Adapted(nn.Module):
             return (function, arguments, *rest)
         if rest and isinstance(rest[0], dict):
             # a bound method is pickled by its name, and would come back as that of the adapted class
-            base_forward = recipe[1].forward
-            state = {}
-            for key, value in rest[0].items():
-                is_base = isinstance(value, types.MethodType) and value.__func__ is base_forward
-                state[key] = _BaseForward() if is_base else value
-            rest[0] = state
+            rest[0] = {k: _BaseForward() if _is_forward_of(recipe[1], v) else v for k, v in rest[0].items()}
         return (_new_adapted, (*recipe, *arguments[1:]), *rest)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -273,20 +270,23 @@ class _SequentialParts(_HiddenDelta):
         steps = [(name, part) for name, part in self._modules.items() if name != "delta"]
         return base_class(self)(OrderedDict(steps[index]))  # type: ignore[arg-type]
 
-    def __delitem__(self, index: Any) -> None:
-        delta = self._modules.pop("delta")  # deleting and inserting give every step a new number
+    @contextmanager
+    def _without_delta(self) -> Iterator[None]:
+        """For what gives every step a new number."""
+        delta = self._modules.pop("delta")
         try:
-            super().__delitem__(index)  # type: ignore[misc]
+            yield
         finally:
             self._modules["delta"] = delta
 
+    def __delitem__(self, index: Any) -> None:
+        with self._without_delta():
+            super().__delitem__(index)  # type: ignore[misc]
+
     def insert(self, index: int, module: nn.Module) -> Any:
         """As `nn.Sequential.insert`."""
-        delta = self._modules.pop("delta")
-        try:
+        with self._without_delta():
             return super().insert(index, module)  # type: ignore[misc]
-        finally:
-            self._modules["delta"] = delta
 
     def _get_item_by_idx(self, iterator: Any, idx: Any) -> Any:
         """What `nn.Sequential` calls to find a step, or its name, by a position."""
@@ -352,22 +352,21 @@ def release(layer: nn.Module) -> None:
     state.switch(layer, False)
     layer._modules.pop("delta", None)
     del layer.__dict__["_adapter"]
-    adapted_forward = type(layer).forward
-    layer.__class__ = _without_adapter(type(layer))
+    adapted = type(layer)
+    layer.__class__ = _without_adapter(adapted)
     # code that set a forward on the instance has kept the one it found (accelerate as `_old_forward`)
     for key, value in list(layer.__dict__.items()):
-        if isinstance(value, types.MethodType) and value.__func__ is adapted_forward:
+        if _is_forward_of(adapted, value):
             layer.__dict__[key] = types.MethodType(type(layer).forward, layer)
     if state.base_forward is not None:
         layer.__dict__["forward"] = state.base_forward
-    elif _is_own_forward(layer, layer.__dict__.get("forward")):
+    elif _is_forward_of(type(layer), layer.__dict__.get("forward")):
         del layer.__dict__["forward"]
 
 
 def check_releasable(layer: nn.Module, name: str) -> None:
     """Raise a `PEFTError` if code has since put a forward on the instance that may lead to the adapted one."""
-    values = [value for value in layer.__dict__.values() if isinstance(value, types.MethodType)]
-    known = any(value.__func__ is type(layer).forward for value in values)  # `release` rebinds that one
+    known = any(_is_forward_of(type(layer), value) for value in layer.__dict__.values())  # `release` rebinds that one
     if "forward" in layer.__dict__ and not known:
         raise PEFTError(
             f"{name!r} got a `forward` of its own after the adapters were injected, and it may call the adapted layer."
@@ -377,12 +376,12 @@ def check_releasable(layer: nn.Module, name: str) -> None:
 
 def is_bypassed(layer: nn.Module) -> bool:
     """Whether a forward on the instance leads past the adapter: a bound method of the base's class."""
-    forward = layer.__dict__.get("forward")
-    return isinstance(forward, types.MethodType) and forward.__func__ is base_class(layer).forward
+    return _is_forward_of(base_class(layer), layer.__dict__.get("forward"))
 
 
-def _is_own_forward(layer: nn.Module, forward: Any) -> bool:
-    return isinstance(forward, types.MethodType) and forward.__func__ is type(layer).forward
+def _is_forward_of(kind: type[nn.Module], value: Any) -> bool:
+    """Whether a value is the bound ``forward`` of a class."""
+    return isinstance(value, types.MethodType) and value.__func__ is kind.forward
 
 
 def base_class(layer: nn.Module) -> type[nn.Module]:
@@ -514,7 +513,7 @@ def windows(layers: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _window(layer: Any, window: dict[tuple[str, bool], Tensor] | None) -> Iterator[None]:
+def _window(layer: Any, window: Window | None) -> Iterator[None]:
     """Let this thread read corrected tensors of a layer (a dictionary for those it reads), or its own (None)."""
     opened, thread = layer._adapter.windows, thread_key()
     nested = thread in opened
@@ -562,7 +561,7 @@ def part_at(module: Any, path: str) -> nn.Module | None:
     return module
 
 
-def _open_window(state: AdapterState) -> dict[tuple[str, bool], Tensor] | None:
+def _open_window(state: AdapterState) -> Window | None:
     """Where corrected tensors are kept if this is a moment in which code may read them; None if it is not."""
     thread = thread_key()
     if state.windows and thread in state.windows:
@@ -570,6 +569,19 @@ def _open_window(state: AdapterState) -> dict[tuple[str, bool], Tensor] | None:
     # A checkpoint inside a reader's forward runs a part of it again in the backward pass, where no window is open.
     in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
     return {} if in_backward and state.active else None
+
+
+def is_given_weights(layer: Any) -> bool:
+    """Whether code that has read corrected tensors of a layer calls it with something made of them in their place.
+
+    ``functional_call(self.fc, {"weight": self.fc.weight * mask}, x)`` does. The correction is in there already.
+    """
+    window = layer._adapter.windows.get(thread_key())
+    return bool(window) and any(_is_replaced(layer, window, key) for key in window)
+
+
+def _is_replaced(layer: Any, window: Window, key: tuple[str, bool]) -> bool:
+    return window[key][0] is not base_tensor(layer, key[0])
 
 
 def _readable_property(name: str, inherited: Any) -> property:
@@ -582,10 +594,11 @@ def _readable_property(name: str, inherited: Any) -> property:
             key = (name, torch.is_grad_enabled())
             if key not in window:
                 try:
-                    window[key] = layer._corrected(name)
+                    window[key] = base_tensor(layer, name), layer._corrected(name)
                 except AttributeError as error:  # Python would take it for a missing weight, and ask the base for it
                     raise PEFTError(f"Correcting {name!r} of {type(layer).__name__} failed: {error}") from error
-            return window[key]
+            if not _is_replaced(layer, window, key):
+                return window[key][1]
         if hasattr(inherited, "__get__"):
             return inherited.__get__(layer, type(layer))
         if name in layer.__dict__:

@@ -59,10 +59,10 @@ def calls_super_of_own_class(kind: type) -> bool:
 def tensor_reads(module: nn.Module, kind: type) -> tuple[tuple[str, str], ...]:
     """Which tensors of its parts a module's forward reads instead of calling the part: (path of the part, tensor).
 
-    ``self.attention.out_proj.weight`` gives ``("attention.out_proj", "weight")``, and ``layer.weight`` of any other
-    variable ``("*", "weight")``: some part. ``self.linear.weight.dtype`` gives nothing, as it asks for a fact, and
-    neither does ``self.linear.weight.data``, through which code writes. Other attributes come along; whoever asks
-    looks for names of tensors.
+    ``self.attention.out_proj.weight`` and ``getattr(self.attention.out_proj, "weight")`` give
+    ``("attention.out_proj", "weight")``, and ``layer.weight`` of any other variable ``("*", "weight")``: some part.
+    ``self.linear.weight.dtype`` gives nothing, as it asks for a fact, and neither does ``self.linear.weight.data``,
+    through which code writes. Other attributes come along; whoever asks looks for names of tensors.
 
     Args:
         module: the module, which may have a forward of its own.
@@ -106,17 +106,19 @@ def _reads_in(codes: Iterable[types.CodeType]) -> tuple[tuple[str, str], ...]:
 def _attribute_chains(code: types.CodeType) -> Iterator[tuple[str, list[str]]]:
     """Expressions such as ``self.linear.weight``: ``self``, or "other", and the attributes behind it."""
     own_name = code.co_varnames[0] if code.co_argcount else ""
-    root, global_name, asked_for_kind = "", "", False
+    # `function` is the global name in front of the expression, which is then its first argument
+    root, global_name, function = "", "", ""
     attributes: list[str] = []
     for instruction in [*dis.get_instructions(code), None]:
         if instruction is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             attributes.append(instruction.argval)
             continue
-        if root and attributes and not asked_for_kind:
+        if function == "getattr" and instruction is not None and instruction.opname == "LOAD_CONST":
+            attributes.append(str(instruction.argval))  # getattr(self.linear, "weight")
+        # isinstance(self.linear.weight, Tensor) computes nothing
+        if root and attributes and function != "isinstance":
             yield root, attributes
-        attributes = []
-        asked_for_kind = global_name == "isinstance"  # isinstance(self.linear.weight, Tensor) computes nothing
-        global_name = ""
+        attributes, function, global_name = [], global_name, ""
         if instruction is None or instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_CONST")):
             root = ""  # modules and classes, not parts of the model
             global_name = instruction.argval if instruction is not None else ""

@@ -49,7 +49,7 @@ LAYERS = [
     ["lightning_packages"],
     ["trainer.best", "trainer.driving", "trainer.checkpoint_io", "trainer.kept_files"],
     ["trainer.strategies"],
-    ["trainer.optimizer_states", "trainer.checks", "trainer.resuming"],
+    ["trainer.optimizer_states", "trainer.checks", "trainer.resuming", "trainer.idle_layers"],
     ["trainer.loading"],
     ["trainer.checkpoints"],
     ["trainer.session"],

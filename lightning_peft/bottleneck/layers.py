@@ -202,26 +202,33 @@ class AroundNorm(WithBottleneck):
         return self._base_forward(input + self._correction(output, input))
 
 
-class OnSum(WithBottleneck):
+class ReadingInput(WithBottleneck):
+    """``h + delta(…)`` of something that the layer's input takes part in."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base; in a tuple the first element is corrected."""
+        if not self._adapter.active:
+            return self._base_forward(*args, **kwargs)
+        x = self._read_input(args, kwargs)
+        return with_first(self._base_forward(*args, **kwargs), lambda h: h + self._correction(self._seen(h, x), h))
+
+    def _seen(self, h: Tensor, x: Tensor) -> Tensor:
+        """What the bottleneck reads; each kind defines it."""
+        raise NotImplementedError
+
+
+class OnSum(ReadingInput):
     """``h + delta(h + x)`` (Pfeiffer in pre-norm layers; the layer adds x afterwards)."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base; in a tuple the first element is corrected."""
-        if not self._adapter.active:
-            return self._base_forward(*args, **kwargs)
-        x = self._read_input(args, kwargs)
-        return with_first(self._base_forward(*args, **kwargs), lambda h: h + self._correction(h + x, h))
+    def _seen(self, h: Tensor, x: Tensor) -> Tensor:
+        return h + x
 
 
-class Beside(WithBottleneck):
+class Beside(ReadingInput):
     """``h + delta(x)`` (parallel adapter)."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base; in a tuple the first element is corrected."""
-        if not self._adapter.active:
-            return self._base_forward(*args, **kwargs)
-        x = self._read_input(args, kwargs)
-        return with_first(self._base_forward(*args, **kwargs), lambda h: h + self._correction(x, h))
+    def _seen(self, h: Tensor, x: Tensor) -> Tensor:
+        return x
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_peft.bottleneck.layers import (
     Beside,
     BottleneckState,
     OnSum,
+    ReadingInput,
     WithBottleneck,
     input_features,
     output_features,
@@ -158,7 +159,7 @@ class AdapterMethod(Method):
                 self.adapt(module, name)
         self.share({name: module.get_submodule("delta") for name, module in targets.items()})
         for name, layer in targets.items():
-            if isinstance(layer, (OnSum, Beside)) and name in sites and sites[name].source != name:
+            if isinstance(layer, ReadingInput) and name in sites and sites[name].source != name:
                 layer._adapter.listen(layer, model.get_submodule(sites[name].source))
         keep_open(model, targets.values())
 

@@ -26,6 +26,7 @@ from lightning_peft.trainer.checks import (
     check_rates,
 )
 from lightning_peft.trainer.driving import add_loss_terms, change_gradients, step_taken
+from lightning_peft.trainer.idle_layers import IdleLayers
 from lightning_peft.trainer.session import Session
 from lightning_peft.trainer.strategies import (
     check_methods,
@@ -79,6 +80,7 @@ class PEFT(Callback):
         self.allow_untested = allow_untested
         self._fresh = False  # injected by this callback in this process
         self._frozen: list[torch.nn.Module] = []
+        self._idle: IdleLayers | None = None
         self._steps_done = 0
         self._total_steps: int | None = None
 
@@ -153,9 +155,11 @@ class PEFT(Callback):
         trainer.fit_loop._combined_loader = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find frozen statistics; read the length of the run."""
+        """Find frozen statistics and adapters that may be idle; read the length of the run."""
         Session.on(pl_module).check_base()
-        self._frozen = Adapters.of(pl_module).frozen_statistics()
+        adapters = Adapters.of(pl_module)
+        self._frozen = adapters.frozen_statistics()
+        self._idle = IdleLayers(adapters) if readable(trainer) else None
         self._steps_done = trainer.global_step
         total = trainer.estimated_stepping_batches
         self._total_steps = int(total) if total != float("inf") else None
@@ -180,8 +184,13 @@ class PEFT(Callback):
         add_loss_terms(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Let the methods change gradients: unscaled, complete over accumulation, not yet clipped."""
+        """Let the methods change gradients: unscaled, complete over accumulation, not yet clipped.
+
+        Note which adapted layers have any.
+        """
         change_gradients(pl_module)
+        if self._idle is not None:
+            self._idle.look()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,6 +200,8 @@ class PEFT(Callback):
             return
         self._steps_done = trainer.global_step
         step_taken(pl_module, self._steps_done, self._total_steps)
+        if self._idle is not None:
+            self._idle.step_taken()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the result is, if not in this module."""

@@ -12,8 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_peft.adapted import Adapted, adapt, is_conv1d, make_readable, runs_as_torch
 from lightning_peft.errors import ConfigError
 from lightning_peft.lowrank.factors import LowRank, Place
-from lightning_peft.lowrank.layers import LowRankConv, LowRankEmbedding, LowRankLinear, LowRankState
-from lightning_peft.lowrank.weights import DeltaSet, LowRankRecurrent, LowRankWeights
+from lightning_peft.lowrank.layers import DeltaSet, LowRankConv, LowRankEmbedding, LowRankLinear, LowRankState
+from lightning_peft.lowrank.weights import LowRankRecurrent, LowRankWeights
 from lightning_peft.match import as_patterns, excluded, matcher
 from lightning_peft.quantized import packed
 

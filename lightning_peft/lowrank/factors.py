@@ -90,20 +90,16 @@ class LowRank(Delta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B with everything in them, so that the correction is B·A."""
-        A, B = self.lora_A, self.lora_B * self.scaling
-        if self.start_A is not None and self.start_B is not None:
-            A = torch.cat([A, self.start_A], self.stacked)
-            B = torch.cat([B, self.start_B * -self.scaling], self.stacked + 1)
+        start = None if self.start_A is None else (self.start_A, self.start_B)
+        A, B = _with_start(self.lora_A, self.lora_B, start, self.scaling, self.stacked)
         return A, B if self.parts is None else self.spread(B)
 
     @classmethod
     def saved(cls, tensors: Mapping[str, Tensor], scaling: float, stacked: int) -> tuple[Tensor, Tensor]:
         """As `factors`, from the tensors in a file: A (…, r, in · kernel) and B (…, out, r)."""
-        A, B = tensors["lora_A"].flatten(stacked + 1), tensors["lora_B"].flatten(stacked + 1) * scaling
-        if "start_A" in tensors:
-            A = torch.cat([A, tensors["start_A"].flatten(stacked + 1)], -2)
-            B = torch.cat([B, tensors["start_B"].flatten(stacked + 1) * -scaling], -1)
-        return A, B
+        start = (tensors["start_A"], tensors["start_B"]) if "start_A" in tensors else None
+        A, B = _with_start(tensors["lora_A"], tensors["lora_B"], start, scaling, stacked)
+        return A.flatten(stacked + 1), B.flatten(stacked + 1)
 
     def spread(self, B: Tensor) -> Tensor:
         """Put the blocks of the parts at their rows and at their columns of the stacked A."""
@@ -184,6 +180,14 @@ class LowRank(Delta):
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         return f"r={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def _with_start(A: Tensor, B: Tensor, start: Any, scaling: float, stacked: int) -> tuple[Tensor, Tensor]:
+    """A and the scaled B; behind them, as further ranks, those of a start whose product is taken off again."""
+    B = B * scaling
+    if start is None:
+        return A, B
+    return torch.cat([A, start[0]], stacked), torch.cat([B, start[1] * -scaling], stacked + 1)
 
 
 def kaiming(shape: torch.Size, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.adapted import Adapted, AdapterState, base_tensor
+from lightning_peft.adapted import Adapted, AdapterState, Delta, base_tensor, is_given_weights
 from lightning_peft.errors import PEFTError
 from lightning_peft.lowrank.fast import fast_output
 
@@ -22,7 +22,35 @@ class LowRankState(AdapterState):
         self.fast = fast
 
 
-class LowRankLinear(Adapted):
+class DeltaSet(Delta):
+    """The factors of several parameters of one module, by the parameter's name."""
+
+    def __init__(self, deltas: dict[str, Delta]) -> None:
+        super().__init__()
+        for name, delta in deltas.items():
+            self.add_module(name, delta)
+
+
+class LowRankLayer(Adapted):
+    """A layer some of whose parameters have low-rank corrections."""
+
+    def _factors(self) -> dict[str, Any]:
+        """The factors by the name of their parameter."""
+        return dict(self.delta.named_children()) if isinstance(self.delta, DeltaSet) else {"weight": self.delta}
+
+    def _merged_tensors(self) -> dict[str, Tensor]:
+        """The corrected parameters."""
+        return {name: delta.fold(base_tensor(self, name)) for name, delta in self._factors().items()}
+
+    def _corrected_names(self) -> tuple[str, ...]:
+        return tuple(self._factors())
+
+    def _corrected(self, name: str) -> Tensor:
+        weight = base_tensor(self, name)
+        return self._factors()[name](weight).to(weight.dtype)
+
+
+class LowRankLinear(LowRankLayer):
     """A linear layer (also in few bits, or transformers' ``Conv1D``) with a correction: ``y = Wx + b + s·B(A x)``."""
 
     _adapter: LowRankState
@@ -35,19 +63,10 @@ class LowRankLinear(Adapted):
             output = fast_output(self, input)
             if output is not None:
                 return output
+        if state.windows and is_given_weights(self):
+            return self._own_forward(*args, **kwargs)
         output = self._base_forward(*args, **kwargs)
         return self.delta(input, output, self) if state.active else output
-
-    def _merged_tensors(self) -> dict[str, Tensor]:
-        """The corrected weight."""
-        return {"weight": self.delta.fold(base_tensor(self, "weight"))}
-
-    def _corrected_names(self) -> tuple[str, ...]:
-        return ("weight",)
-
-    def _corrected(self, name: str) -> Tensor:
-        weight = base_tensor(self, name)
-        return self.delta(weight).to(weight.dtype)
 
     def _low_rank_output(self, x: Tensor) -> Tensor:
         """The correction of the output for the input x."""

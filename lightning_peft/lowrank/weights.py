@@ -6,44 +6,16 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import Tensor
-
-from lightning_peft.adapted import CorrectedWeights, Delta, base_class, base_tensor
-from lightning_peft.lowrank.factors import LowRank
+from lightning_peft.adapted import CorrectedWeights, base_class
+from lightning_peft.lowrank.layers import LowRankLayer
 
 
-class DeltaSet(Delta):
-    """The factors of several parameters of one module, by the parameter's name."""
-
-    def __init__(self, deltas: dict[str, Delta]) -> None:
-        super().__init__()
-        for name, delta in deltas.items():
-            self.add_module(name, delta)
-
-
-class LowRankWeights(CorrectedWeights):
+class LowRankWeights(LowRankLayer, CorrectedWeights):
     """Low-rank corrections of the parameters of any layer that reads them in Python.
 
     Such are subclasses of layers of torch that have a forward of their own, linear layers of other libraries,
     `nn.MultiheadAttention`, recurrent cells, stacked expert weights.
     """
-
-    def _merged_tensors(self) -> dict[str, Tensor]:
-        """The corrected parameters."""
-        return {name: delta.fold(base_tensor(self, name)) for name, delta in self._factors().items()}
-
-    def _corrected_names(self) -> tuple[str, ...]:
-        return tuple(self._factors())
-
-    def _corrected(self, name: str) -> Tensor:
-        weight = base_tensor(self, name)
-        return self._factors()[name](weight).to(weight.dtype)
-
-    def _factors(self) -> dict[str, LowRank]:
-        """The factors by the name of their parameter."""
-        if isinstance(self.delta, LowRank):
-            return {"weight": self.delta}
-        return dict(self.delta.named_children())
 
 
 class LowRankRecurrent(LowRankWeights):

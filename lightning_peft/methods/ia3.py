@@ -18,6 +18,7 @@ from lightning_peft.adapted import (
     base_tensor,
     factor_dtype,
     is_conv1d,
+    is_given_weights,
     make_readable,
     runs_as_torch,
 )
@@ -63,6 +64,8 @@ class IA3Output(IA3Layer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base: (…, in) -> (…, out)."""
+        if is_given_weights(self):
+            return self._own_forward(*args, **kwargs)
         output = self._base_forward(*args, **kwargs)
         return self.delta(output, self._feature_dim()) if self._adapter.active else output
 
@@ -85,6 +88,8 @@ class IA3Input(IA3Layer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base: (…, in) -> (…, out); the first argument is rescaled."""
+        if is_given_weights(self):
+            return self._own_forward(*args, **kwargs)
         if not self._adapter.active:
             return self._base_forward(*args, **kwargs)
         if args:

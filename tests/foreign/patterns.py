@@ -134,6 +134,21 @@ class ReadsAndCalls(Parent):
         return self.fc(x) + F.linear(x.flip(0), self.fc.weight)
 
 
+class ReadsByName(Parent):
+    """Asks for the tensors by constant names."""
+
+    def hidden(self, x):
+        return F.linear(x, getattr(self.fc, "weight"), getattr(self.fc, "bias", None))  # noqa: B009
+
+
+class CallsWithReadWeight(Parent):
+    """Calls the layer with a weight that it has made of the layer's own."""
+
+    def hidden(self, x):
+        weight = self.fc.weight * torch.linspace(0.5, 1.5, 6)
+        return torch.func.functional_call(self.fc, {"weight": weight}, (x,))
+
+
 class ReadsLocal(Parent):
     """Reads through a local name."""
 
@@ -783,6 +798,8 @@ PATTERNS: dict[str, Pattern] = {
     "reads_weight_and_bias": Pattern(ReadsWeightAndBias),
     "reads_in_another_method": Pattern(ReadsInAnotherMethod),
     "reads_and_calls": Pattern(ReadsAndCalls),
+    "reads_by_name": Pattern(ReadsByName),
+    "calls_with_read_weight": Pattern(CallsWithReadWeight),
     "reads_local": Pattern(ReadsLocal),
     "reads_in_a_loop": Pattern(ReadsInALoop, weights=["layers.0", "layers.1"]),
     "reads_grandchild": Pattern(ReadsGrandchild, weights="part.fc"),
