@@ -244,7 +244,7 @@ class CalledAttention(PrefixedAttention):
 
 
 class AttentionRedirection(TorchFunctionMode):
-    """While active, sends calls of ``F.scaled_dot_product_attention`` to a module's `_attend`. Acts in its thread only."""
+    """While active, sends this thread's calls of ``F.scaled_dot_product_attention`` to a module's `_attend`."""
 
     def __init__(self, attention: CalledAttention) -> None:
         super().__init__()
