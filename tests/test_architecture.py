@@ -19,7 +19,8 @@ PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
     ["errors"],
     ["requirements"],
-    ["paths", "header", "bytecode", "format1", "untrusted"],
+    ["paths", "header", "bytecode", "format1", "untrusted", "pickles"],
+    ["objects"],
     ["quantized", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
     ["readers"],
@@ -51,7 +52,7 @@ LAYERS = [
     ["formats"],
     ["export"],
     ["lightning_packages"],
-    ["trainer.best", "trainer.driving", "trainer.checkpoint_io", "trainer.kept_files"],
+    ["trainer.best", "trainer.driving", "trainer.checkpoint_io", "trainer.kept_files", "trainer.objects"],
     ["trainer.strategies"],
     ["trainer.moving", "trainer.checks", "trainer.resuming"],
     ["trainer.hooks"],

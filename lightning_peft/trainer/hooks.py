@@ -6,7 +6,6 @@ the module's own hooks are always called, and last. They hold no closures, so th
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,18 @@ from lightning_peft.files import SECTION, split
 from lightning_peft.fingerprint import difference
 from lightning_peft.format1 import upgraded_section
 from lightning_peft.hollow import settle_base, waits
-from lightning_peft.lightning_packages import LightningDataModule, every, rank_zero_warn
+from lightning_peft.lightning_packages import every
 from lightning_peft.sharding import unwrapped
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.trainer.kept_files import settle_kept_files
 from lightning_peft.trainer.moving import by_position, fit_optimizers, optimizer_names
+from lightning_peft.trainer.objects import (
+    call_without_objects,
+    check_left_out,
+    leave_out_arguments,
+    say_what_is_written,
+)
 from lightning_peft.trainer.resuming import check_states, take_resume
 from lightning_peft.trainer.strategies import filters_itself, flattens, loads_late
 from lightning_peft.verify import other_base, verify, verify_section
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as L
 
 _SAVE = "_peft_save"
-_LEFT_OUT = "_peft_left_out"
 _UNSEEN = "_peft_unseen"  # the section of a checkpoint that was loaded before the base
 _WAITING = "_peft_optimizers"  # a checkpoint whose optimizer states wait for the optimizers to be built
 
@@ -59,9 +63,15 @@ class _Hook:
         self.module, self.name, self.earlier = module, name, earlier
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        (_describe if self.name == "on_save_checkpoint" else _verify)(self.module, checkpoint)
         own = self.earlier or getattr(type(self.module), self.name).__get__(self.module)
-        own(checkpoint)
+        if self.name == "on_save_checkpoint":
+            _describe(self.module, checkpoint)
+            own(checkpoint)
+            say_what_is_written(self.module, checkpoint)
+        else:
+            check_left_out(self.module, checkpoint, own)
+            _verify(self.module, checkpoint)
+            call_without_objects(own, self.module, checkpoint)
 
 
 def _filter(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -130,38 +140,10 @@ def _describe(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = by_position(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
+    objects = leave_out_arguments(module, checkpoint)
+    if objects:
+        info["left_out"] = objects
     checkpoint[SECTION] = info
-    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint[key] = _loadable(module, checkpoint[key])
-
-
-def _loadable(module: L.LightningModule, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyper-parameters without objects: a network among them is the whole base once more, and no object can be read
-    back with ``weights_only``."""
-    lost = [name for name, value in stored.items() if not _reads_back(value)]
-    if lost and module.__dict__.setdefault(_LEFT_OUT, lost) is lost:  # once
-        rank_zero_warn(
-            f"The hyper-parameters {', '.join(lost)} are objects and are left out of the checkpoints: otherwise these"
-            f" could not be read with weights_only. Reload with load_from_checkpoint(…, {lost[0]}=…); to silence this:"
-            f" save_hyperparameters(ignore={lost!r})."
-        )
-    return {name: value for name, value in stored.items() if name not in lost}
-
-
-def _reads_back(value: Any) -> bool:
-    """Whether a value survives ``torch.save`` and ``torch.load(weights_only=True)``."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return True
-    if isinstance(value, nn.Module):
-        return False
-    try:
-        torch.save(value, file := io.BytesIO())
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception:  # whatever pickle and torch raise for what they cannot do
-        return False
-    return True
 
 
 def _resume(module: L.LightningModule) -> dict[str, Any]:
