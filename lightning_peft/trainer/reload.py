@@ -32,6 +32,7 @@ from lightning_peft.trainer.hooks import install
 from lightning_peft.trainer.objects import arguments, does_something, listed
 from lightning_peft.untrusted import (
     check_functions,
+    check_loading,
     known_class,
     only_known_imports,
     settle_parameters,
@@ -192,8 +193,6 @@ def rebuild(
     stored = content.setdefault(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
     stored.update(kwargs)
     made_by_parser = "_instantiator" in stored
-    if made_by_parser:
-        require_package("jsonargparse", f"{path} was written by LightningCLI: building the module from it")
     options = {"strict": strict} if issubclass(kind, every("LightningModule")) else {}
     try:
         with only_known_imports(_named(kind, kwargs)) if made_by_parser else nullcontext():
@@ -263,12 +262,15 @@ def _settle_arguments(kind: type[Any], content: dict[str, Any], where: str, give
             continue
         stored = {name: value for name, value in content[key].items() if name not in given}
         if "_instantiator" in stored:
+            require_package("jsonargparse", f"{where} was written by LightningCLI: building the module from it")
             _settle_instantiator(kind, stored, where)
-            for name in stored.keys() - {"_instantiator", "_class_path"}:
-                way_out = f"Give it in the call: load_from_checkpoint(…, {name}=…)."
-                stored |= with_known_classes({name: stored[name]}, where, way_out)
+            for name in list(stored):  # in the order of the file, so that a refusal always names the same one
+                if name not in ("_instantiator", "_class_path"):
+                    way_out = f"Give it in the call: load_from_checkpoint(…, {name}=…)."
+                    stored |= with_known_classes({name: stored[name]}, where, way_out)
         if ours:
             check_functions(kind, stored, where, "Give it in the call: load_from_checkpoint(…, NAME=…).")
+            check_loading(stored, where, "Give it in the call: load_from_checkpoint(…, load_kwargs=…).")
             stored = without_places(stored)
         content[key] = stored
 
