@@ -82,7 +82,7 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
     if save == "trainable" and checkpoint.get("state_dict"):
         keep = set(adapter_names(module))
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
-    info = section(module) | {"save": save}
+    info: dict[str, Any] = section(module) | {"save": save}
     state = checkpoint.get("state_dict")
     if state:
         # It may hold averaged weights. Where averaging has not begun, frozen ones among them have not moved yet.
