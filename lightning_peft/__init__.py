@@ -21,6 +21,7 @@ _HOME = {
     ),
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
+    "lightning_peft.rates": ("suggest_lr", "SuggestedRate"),
     "lightning_peft.injection": ("inject", "unload"),
     "lightning_peft.hollow": ("load_base",),
     "lightning_peft.switching": ("disabled",),
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods import *  # noqa: F403
     from lightning_peft.methods.adapter_fusion import fusion_weights
     from lightning_peft.module import TaskModule
+    from lightning_peft.rates import SuggestedRate, suggest_lr
     from lightning_peft.summary import describe, summarize
     from lightning_peft.switching import disabled
     from lightning_peft.trainable import state_names, trainable_names

@@ -534,6 +534,11 @@ def thread_key() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def current_backward() -> int:
+    """Torch's number of the backward pass that this thread works for, -1 outside of one. Torch has no public name."""
+    return torch._C._current_graph_task_id()
+
+
 class CorrectedWeights(Adapted):
     """A layer that is corrected at its weights: while its forward runs, they answer their corrected values.
 
@@ -568,7 +573,7 @@ def _open_window(state: AdapterState) -> dict[tuple[str, bool], Tensor] | None:
     if state.windows and thread in state.windows:
         return state.windows[thread]
     # A checkpoint inside a reader's forward runs a part of it again in the backward pass, where no window is open.
-    in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    in_backward = not torch.compiler.is_compiling() and current_backward() != -1
     return {} if in_backward and state.active else None
 
 

@@ -33,7 +33,7 @@ def save_merged(model: nn.Module, directory: str | os.PathLike, tokenizer: Any =
 
     The model itself stays as it is. A base in few bits is loaded once more, in floats, from where it came: nothing is
     rounded to few bits again. Everything is first written to a temporary folder. A new folder then appears at once; in
-    one that exists the files are exchanged, and until the last of them is there it has no ``config.json``.
+    one that exists the files are exchanged, and until the last of them is there it has no weights.
 
     Args:
         model: an adapted LightningModule or network.

@@ -21,6 +21,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.folders import is_folder, read_folder
 from lightning_peft.format1 import upgraded
 from lightning_peft.header import completed, shortened
+from lightning_peft.objects import load_plain
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import held, missing
@@ -139,7 +140,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def load_checkpoint(path: Path, map_location: Any = "cpu", mmap: bool = True) -> Any:
     """The content of a file that ``torch.save`` wrote, without unpickling anything but tensors and plain values.
 
-    Constructor arguments in it come without the options that choose code.
+    Parts of a checkpoint that hold objects are left out (`lightning_peft.objects.left_out` names them). Constructor
+    arguments come without the options that choose code.
 
     Raises:
         CheckpointError: missing, broken or unsafe.
@@ -162,7 +164,7 @@ def _load_torch(held_file: Path, path: Path, map_location: Any = "cpu", mmap: bo
             _check_pickle(held_file.read_bytes())
         else:
             raise pickle.UnpicklingError("it starts like neither a zip archive nor a pickle")
-        content = torch.load(held_file, map_location=map_location, weights_only=True, mmap=mmap and zipped)
+        content = load_plain(held_file, map_location, mmap=mmap and zipped)
         settle_parameters(content)
         return content
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
+from lightning_peft.objects import load_plain
 from lightning_peft.untrusted import settle_parameters
 
 INDEX, REST = ".metadata", "meta.pt"
@@ -58,7 +59,7 @@ def read_index(path: Path) -> Any:
 def read_rest(path: Path) -> dict[str, Any]:
     """Everything in a folder's checkpoint but weights and optimizer states."""
     try:
-        content = torch.load(path / REST, map_location="cpu", weights_only=True)
+        content = load_plain(path / REST)
         settle_parameters(content)
         return content
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
@@ -103,7 +104,7 @@ def as_file(path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "whole.ckpt")
-        torch.save(read_folder(path, optimizers=False), file)
+        torch.save(dict(read_folder(path, optimizers=False)), file)
         yield file
 
 

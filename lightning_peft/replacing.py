@@ -38,16 +38,13 @@ _SUFFIX = ".lightning_peft.tmp"
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 _YOUNG = 60.0  # seconds: a workshop may be this old before its writer has locked it
 _NAME_BYTES = 100  # of the final name, in the name of a workshop; file systems allow 255, some only 143
-#: the files without which no library loads the folder: removed first and put back last
-_MARKERS = ("config.json", "adapter_config.json")
-#: the names under which a library looks for the weights of a model, and of an adapter
-_WEIGHTS = (
-    (
-        *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-        *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
-    ),
-    ("adapter_model.safetensors", "adapter_model.bin"),
-)
+#: the names under which libraries look for the weights of a model (whole, or the list of their parts) and an adapter
+_MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+#: all names of weights that would be loaded in place of new ones, or together with them
+_WEIGHTS = ((*_MODEL, "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"), _ADAPTER)
+#: Errors of a flush that say that this file system cannot do it at all: some in the network, and some in user space.
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -73,9 +70,10 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder to write into; its files stand in ``target`` at the end.
 
     A folder that does not exist yet appears at once. One that exists may be a mount point, or may lie in a folder that
-    cannot be written, so it is never renamed: its files are exchanged one by one. Meanwhile it has no ``config.json``
-    (or ``adapter_config.json``), so that nobody loads a mixture of two exports. If anything fails, the earlier files
-    are put back. Other files in ``target`` stay.
+    cannot be written, so it is never renamed: its files are exchanged one by one. The earlier weights leave first, and
+    the new weights come last. In between there are none, so nobody loads a part of an export, or of two: a class
+    such as ``LlamaForCausalLM`` would load weights without ``config.json``, but nothing loads without weights. If
+    anything fails, the earlier files are put back. Other files in ``target`` stay.
 
     Raises:
         WriteError: the disk is full, the folder cannot be written, …; the message says what is in ``target``.
@@ -182,7 +180,11 @@ def _finish(workshop: Path) -> None:
         if path.is_dir():
             _flush_folder(path)
         else:
-            _flush(path)  # some file systems report only now that the disk is full
+            try:
+                _flush(path)  # some file systems report only now that the disk is full
+            except OSError as error:
+                if error.errno not in _CANNOT_FLUSH:
+                    raise
             with suppress(OSError):  # some mounted file systems have no permissions to change
                 path.chmod(mode)
     _flush_folder(workshop / _NEW)
@@ -207,16 +209,16 @@ def _exchange(workshop: Path, target: Path) -> None:
     """Put the new files into a folder that exists already; if that fails, put the earlier ones back."""
     new = workshop / _NEW
     written = [str(path.relative_to(new)) for path in new.rglob("*") if not path.is_dir()]
-    written.sort(key=_is_marker)  # the markers last
     with _alone_in(target):
         replaced = _stale(written, target)
         replaced += [name for name in written if os.path.lexists(target / name)]
-        replaced.sort(key=_is_marker, reverse=True)  # the markers first
         _refuse_folders(replaced, target)
         if len(written) == 1 and replaced in ([], written):
             # One file is exchanged by one renaming: a reader finds the earlier one, and then the new one.
             os.replace(new / written[0], target / written[0])
             return
+        written.sort(key=_is_weights)  # the weights last
+        replaced.sort(key=_is_weights, reverse=True)  # the weights first
         try:
             _move_away(replaced, workshop, target)
             _move_in(written, workshop, target)
@@ -236,8 +238,9 @@ def _refuse_folders(names: list[str], target: Path) -> None:
             )
 
 
-def _is_marker(name: str) -> bool:
-    return name in _MARKERS
+def _is_weights(name: str) -> bool:
+    """Whether a library that is given the folder looks for weights under this name."""
+    return name in (*_MODEL, *_ADAPTER)
 
 
 def _stale(written: list[str], target: Path) -> list[str]:
@@ -251,17 +254,21 @@ def _stale(written: list[str], target: Path) -> list[str]:
 
 
 def _move_away(replaced: list[str], workshop: Path, target: Path) -> None:
+    """Move the earlier files out of the folder, in their order."""
     for name in replaced:
         kept = workshop / _OLD / name
         kept.parent.mkdir(parents=True, exist_ok=True)
         os.replace(target / name, kept)
-    _flush_folder(target)  # the disk too must see the marker go before the new weights come
+        if _is_weights(name):
+            _flush_folder(target)  # the disk too must see the weights go before anything else does
+    _flush_folder(target)  # and all earlier files go before a new one comes
 
 
 def _move_in(written: list[str], workshop: Path, target: Path) -> None:
+    """Move the new files into the folder, in their order."""
     for name in written:
-        if _is_marker(name):
-            _flush_folder(target)  # and must see the weights before the marker
+        if _is_weights(name):
+            _flush_folder(target)  # the disk too must see everything else come before the weights
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(workshop / _NEW / name, target / name)
 

@@ -1,10 +1,14 @@
 """What a file may choose: values, and classes of a few known packages. It never chooses code.
 
-Checkpoints, adapter folders and the configs found beside them come from anywhere. Three rules hold for what they say:
+Checkpoints, adapter folders and the configs found beside them come from anywhere. These rules hold for what they say:
 
 * Options that let a library run foreign code are left out, at any depth (`without_code`).
 * An import path must name a class that one of the known packages defines (`known_class`). The text is looked at first,
   so that nothing is imported to find out.
+* A text is a text: where jsonargparse would read it as YAML, it may not hold an option of the kinds above, because
+  these would be obeyed (`with_known_classes`).
+* Of the options for reading data, those are taken that say how a table is written (`check_loading`).
+* Values are of a size and depth that a person could have written (`check_extent`).
 * Text that goes into a message or onto the screen is made harmless (`lightning_peft.errors.printable`).
 
 What the user gives in the call itself, as an argument, a flag or with ``--config``, is not asked about any of this.
@@ -21,20 +25,38 @@ from typing import Any
 
 from lightning_peft.errors import CheckpointError, printable
 
-#: options that let transformers run code from a folder or from the hub, or let torch unpickle anything
+#: Options that let transformers run code from a folder or from the hub, let torch unpickle anything, or let peft import
+#: the modules that an adapter's configuration names.
 CODE_OPTIONS = frozenset(
     {
         *("trust_remote_code", "code_revision", "auto_map", "custom_generate", "custom_pipelines"),
         *("use_kernels", "allow_all_kernels", "kernel_config"),
+        *("adapter_kwargs", "_adapter_model_path"),
         "weights_only",
     }
 )
 #: those of them that mean nothing else anywhere
 _REMOTE_CODE = frozenset({"trust_remote_code", "code_revision", "auto_map"})
 #: options that name an implementation; one with a slash in its name is compiled code from the hub
-_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
-#: options of ``from_pretrained`` that name a folder to write to
-PLACE_OPTIONS = frozenset({"cache_dir", "offload_folder"})
+_IMPLEMENTATIONS = (
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
+#: options of ``from_pretrained`` that name a folder to write to, or a machine that all traffic goes through
+PLACE_OPTIONS = frozenset({"cache_dir", "offload_folder", "proxies"})
+#: options of the Trainer and its callbacks, loggers and profilers that name a file or folder to write to
+PLACES = ("default_root_dir", "dirpath", "save_dir", "root_dir", "log_dir", "output_dir", "path", "dir")
+#: Options of `datasets.load_dataset` that a file may give: which part of a data set, and how a table is written. Others
+#: name further files, addresses and folders.
+LOAD_OPTIONS = frozenset(
+    {
+        *("name", "revision", "split", "columns", "column_names", "field", "encoding", "encoding_errors"),
+        *("sep", "delimiter", "quotechar", "quoting", "doublequote", "escapechar", "comment", "lineterminator"),
+        *("header", "names", "index_col", "usecols", "skiprows", "skipinitialspace", "skip_blank_lines", "nrows"),
+        *("decimal", "thousands", "na_values", "keep_default_na", "true_values", "false_values", "on_bad_lines"),
+        *("keep_linebreaks", "sample_by"),
+    }
+)
 
 #: where a checkpoint of Lightning keeps the constructor's arguments; the last two in old files
 PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters", "hparams", "module_arguments")
@@ -67,6 +89,8 @@ _CALLING_PATHS = (
     *("torch.jit", "torch.utils.cpp_extension", "torch.utils.model_zoo", "torch.multiprocessing"),
     *("torch.distributed.run", "torch.distributed.launcher", "torch.distributed.elastic"),
     *("transformers.dynamic_module_utils", "transformers.pipeline", "lightning_peft.cli"),
+    # made for trying things out; they download, write where they are told, and start commands
+    *("lightning.pytorch.demos", "pytorch_lightning.demos", "torch.testing", "transformers.testing_utils"),
 )
 #: the keys of a mapping that stands for an object
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
@@ -85,7 +109,7 @@ def without_code(value: Any, options: frozenset[str] | None = None) -> Any:
     if isinstance(value, Mapping):
         kept = {}
         for key, part in value.items():
-            dropped = _chooses_code(key, part) if options is None else key in options
+            dropped = _chooses_code(key, part) if options is None else option_name(key) in options
             if not dropped:
                 kept[key] = without_code(part, options)
         return kept
@@ -95,13 +119,13 @@ def without_code(value: Any, options: frozenset[str] | None = None) -> Any:
 
 
 def without_places(value: Any) -> Any:
-    """A copy of plain values without the options that name a folder to write to.
+    """A copy of plain values without the options that name a folder to write to, or a machine to go through.
 
     >>> without_places({"dtype": "float16", "cache_dir": "/home/me"})
     {'dtype': 'float16'}
     """
     if isinstance(value, Mapping):
-        return {key: without_places(part) for key, part in value.items() if key not in PLACE_OPTIONS}
+        return {key: without_places(part) for key, part in value.items() if option_name(key) not in PLACE_OPTIONS}
     if isinstance(value, list):
         return [without_places(part) for part in value]
     return value
@@ -132,10 +156,19 @@ def _settled(name: str, value: Any) -> Any:
     return without_code(value, None if name in ("model", "model_kwargs") else _REMOTE_CODE)
 
 
+def option_name(key: Any) -> str:
+    """The option that a key means: jsonargparse takes ``a.b`` for the option b of a, and ``b+`` for further values.
+
+    >>> option_name("logger.save_dir"), option_name("callbacks+")
+    ('save_dir', 'callbacks')
+    """
+    return str(key).rpartition(".")[2].removesuffix("+")
+
+
 def _chooses_code(key: Any, value: Any) -> bool:
-    if key in _IMPLEMENTATIONS:
+    if option_name(key) in _IMPLEMENTATIONS:
         return not isinstance(value, str) or "/" in value
-    return isinstance(key, str) and key in CODE_OPTIONS
+    return option_name(key) in CODE_OPTIONS
 
 
 def known_class(path: Any, where: str, way_out: str) -> type:
@@ -165,17 +198,20 @@ def known_class(path: Any, where: str, way_out: str) -> type:
     return found
 
 
-def _reads_as_known(path: Any) -> bool:
-    """Whether the text of a path begins with a known package and goes on with names."""
+def _is_path_into_known(path: Any) -> bool:
+    """Whether a text has the form of an import path into a known package."""
     parts = path.split(".") if isinstance(path, str) else []
-    if len(parts) < 2 or parts[0] not in PACKAGES:
+    return len(parts) > 1 and parts[0] in PACKAGES and all(part.isidentifier() for part in parts)
+
+
+def _reads_as_known(path: Any) -> bool:
+    """Whether the text of a path leads to a public place in a known package, and to none of those that call."""
+    if not _is_path_into_known(path) or any(part.startswith("_") for part in path.split(".")):
         return False
     if any(f"{path}.".startswith(f"{calling}.") for calling in _CALLING_PATHS):
         return False
     root = under_imported_name(path).split(".")[0]
-    if root not in sys.modules and not _is_installed(root):
-        return False  # a folder of this name could lie in the working directory
-    return all(part.isidentifier() and not part.startswith("__") for part in parts)
+    return root in sys.modules or _is_installed(root)  # else it could be a folder in the working directory
 
 
 def under_imported_name(path: str) -> str:
@@ -239,16 +275,12 @@ def with_known_classes(value: Any, where: str, way_out: str, place: str = "") ->
         place: where in the file ``value`` stands.
 
     Raises:
-        CheckpointError: something else than a class of a known package, or a spelling that hides one.
+        CheckpointError: something else than a class of a known package, or a spelling that hides one or an option.
     """
     if isinstance(value, (list, tuple)):
         return [with_known_classes(part, where, way_out, _below(place, number)) for number, part in enumerate(value)]
-    if isinstance(value, str) and _names_a_function(value):
-        # wherever a class takes a function, jsonargparse would import it
-        raise CheckpointError(
-            f"{where}: {short(_below(place, value), 200)} is an import path. Of functions, a file may name those of"
-            f" torch.nn.functional only, because others could run code. {way_out}"
-        )
+    if isinstance(value, str):
+        _check_text(value, where, way_out, place)
     if not isinstance(value, Mapping):
         return value
     for key in value:
@@ -265,29 +297,121 @@ def with_known_classes(value: Any, where: str, way_out: str, place: str = "") ->
     return copied
 
 
+def _check_text(text: str, where: str, way_out: str, place: str) -> None:
+    """Refuse a text that jsonargparse would take for more than a text.
+
+    Wherever a class takes a function, it imports what the text names. Wherever anything else than a text is expected,
+    it reads the text as YAML: ``'{"trust_remote_code": true}'`` gives that permission.
+    """
+    if _names_a_function(text):
+        raise CheckpointError(
+            f"{where}: {short(_below(place, text), 200)} is an import path. Of functions, a file may name those of"
+            f" torch.nn.functional only, because others could run code. {way_out}"
+        )
+    try:
+        reading = _reading(text)
+        option = _hidden_option(reading)
+    except (ValueError, RecursionError):  # too many values, or too deep
+        option = "too many values"
+    if option is not None:
+        raise CheckpointError(
+            f"{where}: {short(_below(place, text), 200)} is a text with {short(option, 60)} in it, which would be read"
+            f" as an option. {way_out}"
+        )
+    if reading != text:
+        with_known_classes(reading, where, way_out, place)
+
+
 def _names_a_function(text: str) -> bool:
     """Whether a text is an import path into a known package, and of nothing that can be harmless."""
-    if not _reads_as_known(text) or _FUNCTIONS.fullmatch(text) or _DTYPES.fullmatch(text):
+    if not _is_path_into_known(text) or _FUNCTIONS.fullmatch(text) or _DTYPES.fullmatch(text):
         return False
-    return not isinstance(_imported(text), type)
+    return not _reads_as_known(text) or not isinstance(_imported(under_imported_name(text)), type)
 
 
-def check_extent(value: Any, most: int = 200_000) -> None:
-    """Refuse plain values with very many parts, or parts inside themselves: a short file can say both.
+def _reading(text: str) -> Any:
+    """What jsonargparse reads in a text where something else than a text is expected."""
+    from jsonargparse import get_loader
+    from yaml import YAMLError
+
+    try:
+        return get_loader("yaml")(text)
+    except YAMLError:
+        return text
+
+
+def _hidden_option(reading: Any) -> str | None:
+    """The first option in the reading of a text that a file may not give, or not in this form; None without one.
 
     Raises:
-        ValueError: there are more than ``most`` parts.
+        ValueError: the reading is larger than anything that a person writes.
     """
-    waiting, count = [value], 0
+    check_extent(reading)
+    obeyed = {*CODE_OPTIONS, *_IMPLEMENTATIONS, *PLACE_OPTIONS, *PLACES, *_SPEC, "load_kwargs"}
+    waiting = [reading]
     while waiting:
         part = waiting.pop()
-        count += 1
+        if isinstance(part, Mapping):
+            for key, value in part.items():
+                # the template "{path}" reads as a mapping too, with a key and nothing behind it
+                if value is not None and option_name(key) in obeyed:
+                    return str(key)
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    return None
+
+
+def check_loading(arguments: Any, where: str, way_out: str) -> None:
+    """Refuse options for reading data that name further files, addresses or folders, at any depth.
+
+    Args:
+        arguments: the arguments of a data module, or what holds them.
+        where: the file, for the message.
+        way_out: what the user can do to have them.
+
+    Raises:
+        CheckpointError: ``load_kwargs`` with any other option than those in `LOAD_OPTIONS`.
+    """
+    if isinstance(arguments, (list, tuple)):
+        for part in arguments:
+            check_loading(part, where, way_out)
+    if not isinstance(arguments, Mapping):
+        return
+    for key, value in arguments.items():
+        if key != "load_kwargs":
+            check_loading(value, where, way_out)
+        elif value is not None and not (isinstance(value, Mapping) and LOAD_OPTIONS.issuperset(value)):
+            raise CheckpointError(
+                f"{where}: load_kwargs={short(repr(value), 120)} has other options than those that say how a table is"
+                f" written ({', '.join(sorted(LOAD_OPTIONS)[:6])}, …). {way_out}"
+            )
+
+
+def check_extent(value: Any, most: int = 200_000, deepest: int = 200) -> None:
+    """Refuse plain values with very many parts, or parts inside themselves: a short file can say both.
+
+    Whoever copies such values, or prints them in a message, would take all time and memory.
+
+    Raises:
+        ValueError: there are more than ``most`` parts, or more than ``deepest`` inside each other.
+    """
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        part, depth = waiting.pop()
+        if isinstance(part, Mapping):
+            parts: Iterable[Any] = part.values()
+            count += len(part)
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            parts = part
+            count += len(part)
+        else:
+            continue
         if count > most:
             raise ValueError(f"it has more than {most} values")
-        if isinstance(part, Mapping):
-            waiting += part.values()
-        elif isinstance(part, (list, tuple)):
-            waiting += part
+        if depth > deepest:
+            raise ValueError(f"it has values more than {deepest} deep inside each other")
+        waiting += [(inner, depth + 1) for inner in parts]
 
 
 def _class_of(spec: Mapping[str, Any], where: str, way_out: str, place: str) -> type:

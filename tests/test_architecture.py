@@ -19,19 +19,24 @@ PACKAGE = Path(lightning_peft.__file__).parent
 LAYERS = [
     ["errors"],
     ["requirements"],
-    ["paths", "header", "bytecode", "format1", "untrusted"],
+    ["paths", "header", "bytecode", "format1", "untrusted", "pickles"],
+    ["objects"],
     ["quantized", "samples", "replacing", "guards", "sections", "folders", "sharding"],
     ["adapted"],
     ["readers"],
     ["match", "bottleneck.sites"],
     ["heads"],
     ["method"],
+    ["rates"],
     ["lowrank", "bottleneck.layers", "torch_encoder", "trainable", "fingerprint", "files", "fields"],
     ["bottleneck.placement"],
     ["bottleneck"],
-    ["prompting.prefix", "prompting.positions", "prompting.insertion"],
-    ["prompting.multihead", "prompting.prompt", "prompting.backbone"],
-    ["prompting.attention", "prompting.virtual", "prompting.visual"],
+    ["prompting.hooked", "prompting.insertion", "prompting.positions"],
+    ["prompting.backbone", "prompting.call"],
+    ["prompting.prefix"],
+    ["prompting.multihead", "prompting.prompt"],
+    ["prompting.attention", "prompting.virtual"],
+    ["prompting.visual"],
     ["prompting"],
     ["methods"],
     ["switching"],
@@ -48,9 +53,9 @@ LAYERS = [
     ["formats"],
     ["export"],
     ["lightning_packages"],
-    ["trainer.best", "trainer.driving", "trainer.checkpoint_io", "trainer.kept_files"],
+    ["trainer.best", "trainer.driving", "trainer.checkpoint_io", "trainer.kept_files", "trainer.objects"],
     ["trainer.strategies"],
-    ["trainer.optimizer_states", "trainer.checks", "trainer.resuming"],
+    ["trainer.optimizer_states", "trainer.checks", "trainer.resuming", "trainer.rate_check"],
     ["trainer.loading"],
     ["trainer.checkpoints"],
     ["trainer.session"],
@@ -191,7 +196,7 @@ def test_methods_and_configs_agree(root):
             default = found.default_factory() if made else found.default
             assert default in (value, dataclasses.MISSING), f"{path.name}: {field}"
         assert path.read_text().startswith("#") and kind.paper and kind.lr_source, name
-        assert kind.lr_range[0] <= kind.default_lr <= kind.lr_range[1], name
+        assert 0 < kind.reference_lr < 1, name
         assert (root / "tests/methods" / f"test_{path.stem}.py").exists(), path.stem
         assert kind.mergeable != bool(kind.why_not_mergeable), name
 

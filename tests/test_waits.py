@@ -107,9 +107,9 @@ def prompted() -> tuple[nn.Module, Placeholders]:
     model = MODELS["bert"]()
     inject(model, PTuning(2))
     model.eval()  # no dropout, so that results compare
-    tokens = next(layer._adapter for _, layer in adapted_modules(model))
-    tokens.embedding.training = True
-    return model, tokens
+    table = next(layer for _, layer in adapted_modules(model))
+    table.training = True
+    return model, table._adapter
 
 
 def test_ids_that_come_on_the_device_are_counted_once():

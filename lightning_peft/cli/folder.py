@@ -12,9 +12,8 @@ from jsonargparse import Namespace
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import ADAPTER
+from lightning_peft.untrusted import PLACES
 
-#: options of the Trainer and its callbacks, loggers and profilers that name a file or folder to write to
-PLACES = ("default_root_dir", "dirpath", "save_dir", "root_dir", "log_dir", "output_dir", "path", "dir")
 #: what fit writes into the run's folder first
 CONFIG = "config.yaml"
 

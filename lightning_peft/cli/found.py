@@ -16,9 +16,17 @@ import yaml
 from jsonargparse import get_loader
 
 from lightning_peft.cli.configs import check_config
-from lightning_peft.cli.folder import PLACES
 from lightning_peft.errors import CheckpointError
-from lightning_peft.untrusted import check_extent, short, with_known_classes, without_code, without_places
+from lightning_peft.untrusted import (
+    PLACES,
+    check_extent,
+    check_loading,
+    option_name,
+    short,
+    with_known_classes,
+    without_code,
+    without_places,
+)
 
 #: the parts that are taken; others, as ``weights_only``, belong to the call
 _PARTS = ("seed_everything", "peft", "model", "data", "trainer", "test_after_fit")
@@ -52,6 +60,7 @@ def read_found(file: Path, *, loggers: bool) -> str:
     config = with_known_classes(without_code(config), str(file), _way_out(file))
     config["model"] = without_places(config["model"])
     config["data"] = without_places(config["data"])
+    check_loading(config["data"], f"{file}: data", _way_out(file))
     _refuse_further_files(config, file)
     folder = file.parent.absolute()
     root = config["trainer"].get("default_root_dir") or "."
@@ -73,14 +82,24 @@ def _way_out(file: Path) -> str:
 def _refuse_further_files(config: Mapping[str, Any], file: Path) -> None:
     """Where a class is expected, jsonargparse reads a text that names a file as a further config."""
     waiting = [("peft", config.get("peft")), *config.get("trainer", {}).items()]
+    for part in ("model", "data"):
+        arguments = config.get(part, {}).get("init_args") or {}
+        waiting += [(name, value) for name, value in arguments.items() if not _is_source(name, value)]
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, Mapping):
             waiting += value.items()
         elif isinstance(value, list):
             waiting += [(key, part) for part in value]
-        elif isinstance(value, str) and key not in PLACES and os.path.isfile(value):
+        elif isinstance(value, str) and option_name(key) not in PLACES and os.path.isfile(value):
             raise CheckpointError(f"{file}: {key}={short(repr(value), 120)} names a further file. {_way_out(file)}")
+
+
+def _is_source(name: str, value: Any) -> bool:
+    """Whether an argument of a model or of data is a file by its nature, or what is in such a file."""
+    if name == "model":
+        return not isinstance(value, str) or value.endswith(".gguf")
+    return name in ("data", "predict_data", "tokenizer", "label_names") or name.endswith("_column")
 
 
 def _placed(value: Any, key: str, root: Any, folder: Path, file: Path) -> Any:
@@ -91,9 +110,10 @@ def _placed(value: Any, key: str, root: Any, folder: Path, file: Path) -> Any:
         return [_placed(part, key, root, folder, file) for part in value]
     if not isinstance(value, str):
         return value
-    if key == "filename" and (os.path.isabs(value) or ".." in Path(value).parts):
+    name = option_name(key)
+    if name == "filename" and (os.path.isabs(value) or ".." in Path(value).parts):
         place = None
-    elif key in PLACES:
+    elif name in PLACES:
         place = _place(value, root if root is None or isinstance(root, str) else ".", folder)
     else:
         return value
@@ -101,7 +121,7 @@ def _placed(value: Any, key: str, root: Any, folder: Path, file: Path) -> Any:
         raise CheckpointError(
             f"{file}: {key}={short(repr(value), 120)} lies outside the run's folder {folder}. {_way_out(file)}"
         )
-    return place if key != "filename" else value
+    return place if name != "filename" else value
 
 
 def _place(value: str, root: str | None, folder: Path) -> str | None:

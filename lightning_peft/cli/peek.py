@@ -1,7 +1,7 @@
 """What a saved adapter says of itself, without torch: headers and plain values, no tensor data, no code.
 
-A Lightning checkpoint is a zip with a pickle of its structure. That is read with every class replaced by a stand-in,
-so that nothing in it can run.
+A Lightning checkpoint is a zip with a pickle of its structure. That is read without building any object, so that
+nothing in it can run.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import io
 import json
 import math
 import os
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from lightning_peft.errors import CheckpointError
 from lightning_peft.header import completed
 from lightning_peft.paths import ADAPTER, SECTION, missing
+from lightning_peft.pickles import PickleReader
 from lightning_peft.untrusted import short
 
 _LONGEST = 100_000_000  # bytes of a safetensors header, as the format allows
@@ -137,47 +137,28 @@ def _checkpoint(path: Path, file: BinaryIO) -> Peek:
     return Peek(path, tensors, content.get(SECTION), facts | {"optimizer": "optimizer_states" in content})
 
 
-class _Anything:
-    """Stands for an object that is not built."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Anything:
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        """Forget it."""
-
-
-class _Reader(pickle.Unpickler):
-    """Builds dictionaries, lists and plain values; tensors become `Stored`, all else `_Anything`."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """No class of a file is ever looked up."""
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return _tensor
-        if module == "torch._utils" and name == "_rebuild_parameter":
-            return _parameter
-        return name if module == "torch" and name.endswith("Storage") else _Anything
-
-    def persistent_load(self, pid: Any) -> str:
-        """The kind of a storage; its data stay in the file."""
-        kind = pid[1] if isinstance(pid, tuple) and len(pid) > 1 else ""
-        return _STORAGES.get(str(kind).removesuffix("Storage"), str(kind).removesuffix("Storage"))
-
-
 def _tensor(storage: Any, offset: Any, size: Any, *rest: Any) -> Stored:
     return Stored(tuple(size), storage if isinstance(storage, str) else "")
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
     return data
+
+
+class _Reader(PickleReader):
+    """Tensors become `Stored`; their storages are known by their kind alone, and their data stay in the file."""
+
+    known: ClassVar[Mapping[str, Any]] = {
+        **PickleReader.known,
+        "torch._utils._rebuild_tensor_v2": _tensor,
+        "torch._utils._rebuild_parameter": _parameter,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The name of a storage's class, or what is known."""
+        return name if module == "torch" and name.endswith("Storage") else super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> str:
+        """The kind of a storage."""
+        kind = pid[1] if isinstance(pid, tuple) and len(pid) > 1 else ""
+        return _STORAGES.get(str(kind).removesuffix("Storage"), str(kind).removesuffix("Storage"))

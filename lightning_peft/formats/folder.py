@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,20 +103,21 @@ def read_folder(path: str | os.PathLike) -> Folder:
     if not place.is_dir():
         ours = " load_adapter reads files of ours." if place.exists() else ""
         raise CheckpointError(f"{place} is no folder: import_peft reads folders written by peft.{ours}")
-    # A writer removes the configuration, exchanges the weights, and then writes the new configuration. If the same
-    # configuration is there before and after a read, the weights belong to it.
+    # A writer removes the earlier weights, exchanges the configuration, and then brings the new weights. If the same
+    # files are there before and after a read, they belong together.
     for _ in range(_ATTEMPTS):
-        before = _identity(place / CONFIG)
-        if before is None and under_way(place):
+        before = _files(place)
+        is_complete = CONFIG in before and len(before) > 1
+        if not is_complete and under_way(place):
             time.sleep(_PAUSE)
             continue
         try:
             folder = _read(place)
         except CheckpointError:
-            if _identity(place / CONFIG) == before:
+            if _files(place) == before:
                 raise
         else:
-            if _identity(place / CONFIG) == before:
+            if _files(place) == before:
                 return folder
     raise CheckpointError(
         f"{place} holds no complete export: another process is writing into it, or was interrupted. Try again when it"
@@ -144,13 +146,14 @@ def _read(place: Path) -> Folder:
     return Folder(place, dict(config) | {"peft_type": str(kind).rpartition(".")[2]}, tensors)
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from any other that has had or will have its name; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _files(place: Path) -> dict[str, tuple[int, ...]]:
+    """The files of an export that are there, with what tells each from any other that had or will have its name."""
+    files = {}
+    for name in (CONFIG, WEIGHTS, OLD_WEIGHTS):
+        with suppress(OSError):
+            found = (place / name).stat()
+            files[name] = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return files
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:

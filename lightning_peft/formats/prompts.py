@@ -186,7 +186,7 @@ def _write_vectors(root: nn.Module, method: Any, names: list[str], fields: dict[
     module = root.get_submodule(names[0])
     task = task_of(root)
     tokens = module._adapter
-    if not isinstance(tokens, VirtualTokens) or not tokens.names or len(names) != 1:
+    if not isinstance(tokens, VirtualTokens) or not tokens.argument_names or len(names) != 1:
         raise _no(method, "peft puts prompts before the token ids of a transformers model, here they stand elsewhere")
     if task not in _PROMPT_TASKS:
         raise _no(

@@ -13,6 +13,7 @@ from lightning_peft import lowrank
 from lightning_peft.errors import ConfigError, TrainingError
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.method import Method, check_number
+from lightning_peft.methods.lora import scaling_factor
 
 _TRAINED = ("lora_A", "lora_B", "lora_E")
 _START_STD = 0.02
@@ -110,9 +111,8 @@ class AdaLoRA(Method):
     """
 
     paper: ClassVar[str] = "AdaLoRA: Adaptive Budget Allocation for PEFT, Zhang et al. 2023, arXiv:2303.10512"
-    default_lr: ClassVar[float] = 1e-3
-    lr_range: ClassVar[tuple[float, float]] = (2e-4, 5e-3)
-    lr_source: ClassVar[str] = "the paper, arXiv:2303.10512, appendix D: 5e-4 to 2.2e-3 on GLUE"
+    reference_lr: ClassVar[float] = 8e-4
+    lr_source: ClassVar[str] = "twice LoRA's; the paper, arXiv:2303.10512, appendix D: 5e-4 to 2.2e-3 on GLUE"
     factors: ClassVar[type[LowRank]] = AdaLoRAFactors
     #: whether corrections of several files add up (see `combine`)
     additive: ClassVar[bool] = True
@@ -169,6 +169,10 @@ class AdaLoRA(Method):
             A, B = (torch.randn(p.shape, **options) * _START_STD for p in (delta.lora_A, delta.lora_B))
             delta.fill(A, B)
         return delta
+
+    def lr_factors(self) -> dict[str, float]:
+        """Scaling times the initial rank, as for `LoRA`."""
+        return scaling_factor(self.alpha)
 
     # ---- training --------------------------------------------------------------------------------------------------
     def regularizer(self, model: nn.Module) -> Tensor | None:

@@ -126,9 +126,8 @@ class Compacter(AdapterMethod):
     paper: ClassVar[str] = (
         "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, Karimi Mahabadi et al. 2021, arXiv:2106.04647"
     )
-    default_lr: ClassVar[float] = 3e-3
-    lr_range: ClassVar[tuple[float, float]] = (3e-4, 1e-2)
-    lr_source: ClassVar[str] = "the authors' configs/compacter.json: 3e-3; the range is ours"
+    reference_lr: ClassVar[float] = 2e-3
+    lr_source: ClassVar[str] = "five times LoRA's; the authors' configs/compacter.json: 3e-3"
 
     reduction_factor: float = 32
     phm_dim: int = 4

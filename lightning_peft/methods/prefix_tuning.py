@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,16 @@ from lightning_peft.adapted import Delta, adapt
 from lightning_peft.errors import ConfigError, NoMatchError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
-from lightning_peft.prompting.attention import SUPPORTED, PrefixedConfig, RegistryAttention, kind_of
-from lightning_peft.prompting.backbone import parameters_of
+from lightning_peft.prompting.attention import (
+    SUPPORTED,
+    PrefixedConfig,
+    RegistryAttention,
+    RegistryState,
+    kind_of,
+)
+from lightning_peft.prompting.backbone import argument_names
 from lightning_peft.prompting.positions import ShiftedPositions, ShiftState, shiftable
 from lightning_peft.prompting.prefix import Prefix, PrefixedAttention, PrefixEncoder, ProjectedPrefix, heads_of
-from lightning_peft.prompting.virtual import disconnect
 from lightning_peft.torch_encoder import keep_open, restore
 from lightning_peft.trainable import require
 
@@ -69,11 +74,11 @@ class PrefixTuning(Method):
     mergeable: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str] = "its keys and values are inputs of the attention, not a change of weights."
     identity_at_init: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 5e-3
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 5e-2)
+    reference_lr: ClassVar[float] = 2e-2
+    lr_follows_width: ClassVar[bool] = False
     lr_source: ClassVar[str] = (
-        "scripts of P-tuning v2 (arXiv:2110.07602) for prefixes without projection: 5e-3 to 1e-2; with projection=True"
-        " the default is 5e-4 (ours: MiniLM, BBC headlines), the paper's is 5e-5"
+        "scripts of P-tuning v2 (arXiv:2110.07602) for prefixes without projection: 5e-3 to 1e-2; ours on MiniLM: 5e-2;"
+        " with projection 5e-4 (ours: MiniLM, BBC headlines), the paper's is 5e-5"
     )
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"encoder", "decoder", "cross", "init_std"}
 
@@ -98,8 +103,10 @@ class PrefixTuning(Method):
         check_number(name, "init_std", self.init_std, 0.0)
         if self.positions not in ("keep", "shift"):
             raise ConfigError(f"{name}(positions={self.positions!r}): choose 'keep' or 'shift'.")
-        if self.projection:  # a step in the network moves every key and value: the plain prefix's rate diverges
-            object.__setattr__(self, "default_lr", 5e-4)
+
+    def lr_factors(self) -> dict[str, float]:
+        """A step in the network of ``projection`` moves every key and value: the plain prefix's rate diverges."""
+        return {"0.05 (projection)": 0.05} if self.projection else {}
 
     def adapts(self, module: nn.Module) -> bool:
         """Attention modules."""
@@ -107,15 +114,20 @@ class PrefixTuning(Method):
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The attentions that take part, then the position modules to shift."""
-        found = attention_modules(self, model, prefix)
-        switches = {"encoder": self.encoder, "decoder": self.decoder, "cross": self.cross}
-        chosen = {n: m for n, m in found.items() if switches.get(part_of(n), True)}
+        attentions = attention_modules(self, model, prefix)
+        takes_part = {"encoder": self.encoder, "decoder": self.decoder, "cross": self.cross, "": True}
+        chosen = {}
+        for name, module in attentions.items():
+            if takes_part[part_of(name)]:
+                chosen[name] = module
         if not chosen:
             raise NoMatchError(
                 f"{type(self).__name__}(encoder={self.encoder}, decoder={self.decoder}, cross={self.cross}) leaves out"
-                f" all {len(found)} attentions of {type(model).__name__}: {', '.join(list(found)[:3])}, …"
+                f" all {len(attentions)} attentions of {type(model).__name__}: {', '.join(list(attentions)[:3])}, …"
             )
-        return chosen | (position_modules(model, chosen) if self.positions == "shift" else {})
+        if self.positions == "shift":
+            return chosen | position_modules(model, chosen)
+        return chosen
 
     def adapt(self, module: nn.Module, name: str) -> None:
         """Give an attention its prefix, or let a position module shift."""
@@ -125,31 +137,40 @@ class PrefixTuning(Method):
             return
         delta: Delta = Delta()  # with a projection, `connect` gives it the network of its stack
         if not self.projection:
-            heads = heads_of(module, name)
-            delta = Prefix(_like(module), self.num_virtual_tokens, heads)
+            delta = Prefix(any_tensor(module), self.num_virtual_tokens, heads_of(module, name))
             delta.fill(self.generator(name), self.init_std)
-        adapt(module, kind, delta, kind._new_state(module), name)
-        if kind is RegistryAttention:
-            module.config = PrefixedConfig(module.config, module)
+        state = kind._new_state(module)
+        attention = adapt(module, kind, delta, state, name)
+        if isinstance(state, RegistryState):
+            attention.config = PrefixedConfig(attention.config, state)
 
     def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """One reparametrisation network for each stack; T5's position bias; positions of rotary backbones."""
-        attentions = {n: m for n, m in adapted.items() if isinstance(m, PrefixedAttention)}
-        shared: dict[str, PrefixEncoder] = {}
-        for name, module in attentions.items() if self.projection else ():
-            heads, stack = heads_of(module, name), stack_of(name)
-            if stack not in shared:
-                width = heads.count * heads.key
-                shared[stack] = PrefixEncoder(_like(module), self.num_virtual_tokens, width, self.hidden_size)
-                shared[stack].fill(self.generator(stack))
-            module.delta = ProjectedPrefix(shared[stack], heads)
-            module.delta.fill(self.generator(name))
+        attentions: dict[str, PrefixedAttention] = {}
+        for name, module in adapted.items():
+            if isinstance(module, PrefixedAttention):
+                attentions[name] = module
+        if self.projection:
+            self._share_networks(attentions)
         link_biases(model, attentions)
-        for home in rotary_backbones(model):
-            inside = next((m for m in home.modules() if isinstance(m, PrefixedAttention)), None)
+        for backbone in rotary_backbones(model):
+            inside = next((part for part in backbone.modules() if isinstance(part, PrefixedAttention)), None)
             if inside is not None:
-                home.register_forward_pre_hook(inside._adapter.place, with_kwargs=True)
+                state = inside._adapter
+                state.before(backbone, state.number_positions, with_kwargs=True)
         keep_open(model, attentions.values())
+
+    def _share_networks(self, attentions: Mapping[str, PrefixedAttention]) -> None:
+        """Give attentions their projections, and those of one stack the network before them."""
+        networks: dict[str, PrefixEncoder] = {}
+        for name, attention in attentions.items():
+            heads, stack = heads_of(attention, name), stack_of(name)
+            if stack not in networks:
+                like, width = any_tensor(attention), heads.count * heads.key
+                networks[stack] = PrefixEncoder(like, self.num_virtual_tokens, width, self.hidden_size)
+                networks[stack].fill(self.generator(stack))
+            attention.delta = ProjectedPrefix(networks[stack], heads)
+            attention.delta.fill(self.generator(name))
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the prefixes out; attentions get their own config back."""
@@ -157,7 +178,7 @@ class PrefixTuning(Method):
             module = model.get_submodule(name)
             if isinstance(module, PrefixedAttention):
                 module._undo()
-                disconnect(model, module._adapter)
+                module._adapter.unhook()
         super().detach(model, names)
         restore(model)
 
@@ -185,7 +206,7 @@ class PrefixTuning(Method):
 def attention_modules(method: Method, model: nn.Module, prefix: str) -> dict[str, nn.Module]:
     """The attention modules a method's patterns choose."""
     modules = candidates(model)
-    if not any(method.adapts(m) for m in modules.values()):
+    if not any(method.adapts(module) for module in modules.values()):
         raise NoMatchError(
             f"{type(method).__name__} found no attention in {type(model).__name__} that it can put a prefix into. It"
             f" works with {SUPPORTED}. PTuning with placeholder ids, or LoRA, work on this model."
@@ -195,31 +216,35 @@ def attention_modules(method: Method, model: nn.Module, prefix: str) -> dict[str
     return select(modules, patterns, method.adapts, method.is_linear, method=type(method).__name__, **options)
 
 
-def position_modules(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """What turns positions into embeddings in the stacks whose self-attention was chosen."""
-    parts = {part_of(n) for n in chosen}
-    modules = candidates(model)
-    found = {}
-    for name, module in modules.items():
+def position_modules(model: nn.Module, attentions: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """What turns positions into embeddings in the stacks whose self-attentions were chosen.
+
+    Raises:
+        ConfigError: nothing was recognised, in a model that is not of transformers, whose positions are known.
+    """
+    parts = {part_of(name) for name in attentions} | {""}
+    shifted = {}
+    for name, module in candidates(model).items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        if shiftable(module, name, parent) and part_of(name) in parts | {""}:
-            found[name] = module
-    if not found and not any(kind_of(m) is RegistryAttention for m in chosen.values()):
+        if part_of(name) in parts and shiftable(module, name, parent):
+            shifted[name] = module
+    is_known = any(kind_of(module) is RegistryAttention for module in attentions.values())
+    if not shifted and not is_known:
         raise ConfigError(
             f"positions='shift': {type(model).__name__} has no rotary embedding and no table of positions that could"
             " be recognised. Use positions='keep'."
         )
-    return found
+    return shifted
 
 
 def rotary_backbones(model: nn.Module) -> list[nn.Module]:
     """The modules that turn position ids into rotary embeddings for their attentions."""
-    return [
-        module
-        for module in model.modules()
-        if any(type(child).__name__.endswith("RotaryEmbedding") for child in module.children())
-        and {"position_ids", "attention_mask"} <= set(parameters_of(module))
-    ]
+    backbones = []
+    for module in model.modules():
+        is_rotary = any(type(child).__name__.endswith("RotaryEmbedding") for child in module.children())
+        if is_rotary and {"position_ids", "attention_mask"} <= set(argument_names(module)):
+            backbones.append(module)
+    return backbones
 
 
 def part_of(name: str) -> str:
@@ -230,28 +255,34 @@ def part_of(name: str) -> str:
     """
     if _CROSS.search(name):
         return "cross"
-    return next((p for p in ("decoder", "encoder") if p in name.split(".")), "")
+    for part in ("decoder", "encoder"):
+        if part in name.split("."):
+            return part
+    return ""
 
 
 def stack_of(name: str) -> str:
-    """The name with layer numbers as stars: equal for the layers of one stack."""
+    """The name with layer numbers as stars: equal for the layers of one stack.
+
+    >>> stack_of("encoder.block.3.layer.0.SelfAttention")
+    'encoder.block.*.layer.*.SelfAttention'
+    """
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def link_biases(model: nn.Module, attentions: Mapping[str, nn.Module]) -> None:
     """Tell attentions with a relative position bias which module of their stack computes it (T5: the first layer's)."""
-    relative: dict[str, Any] = {n: m for n, m in attentions.items() if hasattr(m, "has_relative_attention_bias")}
-    if not relative:
-        return
     owners: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if getattr(module, "has_relative_attention_bias", False):
             owners.setdefault(stack_of(name), module)
-    for name, module in relative.items():
-        owner = module if module.has_relative_attention_bias else owners.get(stack_of(name))
-        module._adapter.bias_owner = () if owner is None else (owner,)
+    for name, attention in attentions.items():
+        state = attention._adapter
+        if isinstance(state, RegistryState) and hasattr(attention, "has_relative_attention_bias"):
+            computes_it = attention.has_relative_attention_bias
+            state.bias_owner = attention if computes_it else owners.get(stack_of(name))
 
 
-def _like(module: nn.Module) -> Tensor:
-    """A tensor of the attention, for dtype and device; some attentions have none."""
+def any_tensor(module: nn.Module) -> Tensor:
+    """A tensor of a module, for dtype and device; torch's defaults for a module without one."""
     return next(module.parameters(), torch.empty(()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,8 +16,15 @@ from lightning_peft.method import Method, check_number
 from lightning_peft.prompting.backbone import backbones
 from lightning_peft.prompting.prefix import normal_
 from lightning_peft.prompting.prompt import Prompt
-from lightning_peft.prompting.virtual import SUPPORTED, PromptedEmbedding, VirtualTokens, connect, disconnect
-from lightning_peft.prompting.visual import PromptedImage, VisualTokens, positions_of, vision_backbones
+from lightning_peft.prompting.virtual import (
+    SUPPORTED,
+    InsertedTokens,
+    PromptedEmbedding,
+    VirtualTokens,
+    connect,
+    disconnect,
+)
+from lightning_peft.prompting.visual import PromptedImage, position_table, vision_backbones
 from lightning_peft.prompting.visual import connect as connect_visual
 from lightning_peft.requirements import require_package
 
@@ -67,10 +74,10 @@ class PromptTuning(Method):
     mergeable: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str] = "its vectors are inputs of the model, not a change of weights."
     identity_at_init: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 3e-2
-    lr_range: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
+    reference_lr: ClassVar[float] = 1e-1
+    lr_follows_width: ClassVar[bool] = False
     lr_source: ClassVar[str] = (
-        "peft's prompt-tuning example for causal language modelling: AdamW, 3e-2; the paper's 0.3 is for Adafactor"
+        "ours on MiniLM; peft's example for causal language modelling: 3e-2; the paper's 0.3 is for Adafactor"
     )
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"init", "init_text"}
 
@@ -97,63 +104,83 @@ class PromptTuning(Method):
 
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The input embedding of the first text backbone, else of the first vision backbone."""
-        return input_embeddings(self, model, prefix, dict(vision_backbones(model)))
+        images = [embeddings for _, embeddings in vision_backbones(model)]
+        return input_embeddings(self, model, prefix, images)
 
     def adapt(self, module: nn.Module, name: str) -> None:
         """Give the embedding its prompt; the start values are drawn here, those of a text in `connect`."""
-        n, generator = self.num_virtual_tokens, self.generator(name)
-        if not is_table(module):
-            positions = positions_of(module)
-            delta = Prompt(positions, n, positions.shape[-1])
+        count, generator = self.num_virtual_tokens, self.generator(name)
+        table: Any = module
+        if not is_table(table):
+            positions = position_table(table)
+            assert positions is not None  # `vision_backbones` chose it by them
+            delta = Prompt(positions, count, positions.shape[-1])
             normal_(delta.prompt, generator, 0.02)
-            adapt(module, PromptedImage, delta, VisualTokens(n), name)
+            adapt(table, PromptedImage, delta, InsertedTokens(count), name)
             return
-        delta = Prompt(module.weight, n, module.embedding_dim)
+        delta = Prompt(table.weight, count, table.embedding_dim)
         if self.init == "vocab":
-            ids = torch.randint(module.num_embeddings, (n,), generator=generator)
-            rows_of(delta.prompt, module, ids)
+            ids = torch.randint(table.num_embeddings, (count,), generator=generator)
+            copy_rows(delta.prompt, table, ids)
         elif self.init == "random":
-            normal_(delta.prompt, generator, spread(module))
-        adapt(module, PromptedEmbedding, delta, VirtualTokens(module, n, self.position), name)
+            normal_(delta.prompt, generator, spread(table))
+        adapt(table, PromptedEmbedding, delta, VirtualTokens(count, self.position), name)
 
     def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """Hook the embeddings to their backbones."""
-        homes = {id(table): backbone for backbone, table in (*backbones(model), *vision_backbones(model))}
-        for module in adapted.values():
-            backbone = homes[id(module)]
-            if isinstance(module, PromptedImage):
-                connect_visual(module._adapter, backbone)
+        backbone_of = {id(table): backbone for backbone, table in backbones(model)}
+        backbone_of.update({id(embeddings): backbone for backbone, embeddings in vision_backbones(model)})
+        for embedding in adapted.values():
+            backbone = backbone_of[id(embedding)]
+            if isinstance(embedding, PromptedImage):
+                connect_visual(embedding._adapter, backbone)
                 continue
-            connect(model, module._adapter, backbone)
-            if self.init == "text" and not module.weight.is_meta:
+            assert isinstance(embedding, PromptedEmbedding)
+            connect(model, embedding._adapter, backbone)
+            if self.init == "text" and not embedding.weight.is_meta:
                 ids = torch.tensor(token_ids(self.init_text, backbone.config), dtype=torch.long)
                 repeated = ids.repeat(self.num_virtual_tokens)[: self.num_virtual_tokens]
-                rows_of(module.delta.prompt, module._base_forward, repeated)
+                copy_rows(embedding.delta.prompt, embedding._base_forward, repeated)
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the vectors and the hooks out again."""
-        for name in names:
-            disconnect(model, model.get_submodule(name)._adapter)
+        detach_tokens(model, names)
         super().detach(model, names)
 
 
 def input_embeddings(
-    method: Method, model: nn.Module, prefix: str, vision: Mapping[nn.Module, nn.Module]
+    method: Method, model: nn.Module, prefix: str, images: Iterable[nn.Module] = ()
 ) -> dict[str, nn.Module]:
-    """The input embeddings a method's patterns choose, the first one without patterns."""
-    tables = [table for _, table in backbones(model)] + list(vision.values())
-    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
-    found = {names[id(table)]: table for table in tables}
-    if not found:
+    """The input embeddings that a method's patterns choose, the first one without patterns.
+
+    Args:
+        method: the method, for its patterns and its name.
+        model: the model.
+        prefix: path of the model in what the user gave.
+        images: embeddings of vision transformers, where the method works on these as well.
+    """
+    embeddings = [table for _, table in backbones(model)] + list(images)
+    names = {module: name for name, module in model.named_modules()}
+    candidates = {names[embedding]: embedding for embedding in embeddings}
+    if not candidates:
         raise NoMatchError(
             f"{type(method).__name__} found no input embedding in {type(model).__name__} that it can work with. It"
             f" supports {SUPPORTED}. PTuning(target_modules=<name of an nn.Embedding>) with placeholder ids in the"
             " batch, PrefixTuning and LoRA work on other models."
         )
     if method.target_modules is None:
-        return dict([next(iter(found.items()))])
+        first_name = next(iter(candidates))
+        return {first_name: candidates[first_name]}
     options: dict[str, Any] = {"prefix": prefix, "method": type(method).__name__}
-    return select(found, method.target_modules, lambda m: True, lambda m: False, **options)
+    return select(candidates, method.target_modules, lambda module: True, lambda module: False, **options)
+
+
+def detach_tokens(model: nn.Module, names: list[str]) -> None:
+    """Take away the hooks of virtual tokens at the embeddings of these names."""
+    for name in names:
+        state = model.get_submodule(name)._adapter
+        assert isinstance(state, InsertedTokens)
+        disconnect(model, state)
 
 
 def is_table(module: nn.Module) -> bool:
@@ -161,8 +188,8 @@ def is_table(module: nn.Module) -> bool:
     return hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim")
 
 
-def rows_of(prompt: nn.Parameter, table: Callable[[Tensor], Tensor], ids: Tensor) -> None:
-    """Start from the embeddings of tokens, scaled as the model scales them."""
+def copy_rows(prompt: nn.Parameter, table: Callable[[Tensor], Tensor], ids: Tensor) -> None:
+    """Let a prompt (n, dim) start from the embeddings of ids (n), scaled as the model scales them."""
     if not prompt.is_meta:
         with torch.no_grad():
             prompt.copy_(table(ids.to(prompt.device)))

@@ -10,15 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapted import Delta, adapt
+from lightning_peft.adapted import adapt
 from lightning_peft.errors import ConfigError
 from lightning_peft.match import candidates, select
 from lightning_peft.method import Method, check_number
-from lightning_peft.methods.prompt_tuning import input_embeddings, is_table, spread
-from lightning_peft.prompting.backbone import backbones
+from lightning_peft.methods.prompt_tuning import detach_tokens, input_embeddings, is_table, spread
+from lightning_peft.prompting.backbone import backbones, embedding_of
+from lightning_peft.prompting.call import Call
 from lightning_peft.prompting.prefix import normal_
 from lightning_peft.prompting.prompt import Prompt, PromptEncoder
-from lightning_peft.prompting.virtual import PromptedEmbedding, VirtualTokens, connect, disconnect
+from lightning_peft.prompting.virtual import PromptedEmbedding, VirtualTokens, connect
 from lightning_peft.trainable import adapted_modules, require
 
 #: attribute of an id tensor on a device: its placeholders in each row, counted before it went there
@@ -60,8 +61,8 @@ class PTuning(Method):
     mergeable: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str] = "its vectors are inputs of the model, not a change of weights."
     identity_at_init: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 5e-3
-    lr_range: ClassVar[tuple[float, float]] = (1e-5, 2e-2)
+    reference_lr: ClassVar[float] = 5e-3
+    lr_follows_width: ClassVar[bool] = False
     lr_source: ClassVar[str] = (
         "ours: MiniLM, BBC headlines, 150 steps (1e-3 of peft's guide was too slow there); the authors' few-shot code,"
         " which trains the model too: 1e-4"
@@ -92,40 +93,43 @@ class PTuning(Method):
     def targets(self, model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """The embedding that looks the ids up."""
         if self.target_modules is None:
-            return input_embeddings(self, model, prefix, {})
+            return input_embeddings(self, model, prefix)
         options = {"prefix": prefix, "method": "PTuning"}
         return select(candidates(model), self.target_modules, self.adapts, self.is_linear, **options)
 
     def adapt(self, module: nn.Module, name: str) -> None:
         """Give the embedding its prompt encoder."""
-        n, dim, generator = self.num_virtual_tokens, module.embedding_dim, self.generator(name)
+        table: Any = module
+        count, dim, generator = self.num_virtual_tokens, table.embedding_dim, self.generator(name)
+        delta: Prompt | PromptEncoder
         if self.encoder == "none":
-            delta: Delta = Prompt(module.weight, n, dim)
-            normal_(delta.prompt, generator, spread(module))
+            delta = Prompt(table.weight, count, dim)
+            normal_(delta.prompt, generator, spread(table))
         else:
-            hidden = (self.lstm_hidden or max(1, dim // 2)) if self.encoder == "lstm" else None
-            delta = PromptEncoder(module.weight, n, dim, hidden)
+            hidden = None
+            if self.encoder == "lstm":
+                hidden = self.lstm_hidden or max(1, dim // 2)
+            delta = PromptEncoder(table.weight, count, dim, hidden)
             delta.fill(generator)
-        placeholder = module.num_embeddings if self.placeholder_id is None else self.placeholder_id
-        adapt(module, PromptedEmbedding, delta, Placeholders(module, n, placeholder), name)
+        placeholder = table.num_embeddings if self.placeholder_id is None else self.placeholder_id
+        adapt(table, PromptedEmbedding, delta, Placeholders(count, placeholder), name)
 
     def connect(self, model: nn.Module, adapted: Mapping[str, nn.Module]) -> None:
         """Hook the embedding to its backbone, for batches without placeholders."""
-        homes = {id(table): backbone for backbone, table in backbones(model)}
+        backbone_of = {id(table): backbone for backbone, table in backbones(model)}
         for embedding in adapted.values():
-            backbone = homes.get(id(embedding))
-            if backbone is None:
+            backbone = backbone_of.get(id(embedding))
+            if backbone is None:  # an embedding that the user named, outside of transformers
                 continue
             tokens = embedding._adapter
-            tokens.hooked = True
+            assert isinstance(tokens, Placeholders)
             connect(model, tokens, backbone)
             if self.placeholder_id is None:
                 tokens.placeholder = backbone.config.vocab_size
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the vectors and the hooks out again."""
-        for name in names:
-            disconnect(model, model.get_submodule(name)._adapter)
+        detach_tokens(model, names)
         super().detach(model, names)
 
     def before_transfer(self, model: nn.Module, batch: Any) -> Any:
@@ -167,87 +171,93 @@ class Placeholders(VirtualTokens):
     before they leave for the device (`note_counts`). Where a training loop of the user's own brings its ids on the
     device, the first batch is counted; later ones are taken to be alike, and their counts are looked at when they have
     arrived by themselves.
+
+    Args:
+        num_virtual_tokens: how many placeholders each row must have.
+        placeholder: the id that marks a place.
     """
 
-    def __init__(self, embedding: nn.Module, n: int, placeholder: int) -> None:
-        super().__init__(embedding, n)
+    def __init__(self, num_virtual_tokens: int, placeholder: int) -> None:
+        super().__init__(num_virtual_tokens)
         self.placeholder = placeholder
-        self.hooked = False
-        self.used = False  # placeholders were seen at all, which an export must know
-        #: the ids that were looked up last: ahead of the backbone in models of several modalities
-        self.looked_up: Tensor | None = None
-        #: whether the first batch that came on the device had placeholders; None before it, and outside training
+        #: whether placeholders were seen at all, which an export must know
+        self.used = False
+        # What a run of training remembers from batch to batch, where its ids come on the device:
+        #: whether the first batch had placeholders; None before it, and outside training
         self.first_had: bool | None = None
+        #: counts of later batches that are on their way to the CPU
         self.arriving: list[ArrivingCounts] = []
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Number the placeholders on their way into the backbone: inside, rows may be transposed, and some models look
-        for their largest id."""
-        bound = dict(zip(self.names, args, strict=False)) | kwargs
-        ids = bound.get("input_ids")
-        if self.active and ids is not None and self.has_placeholders(ids):
-            self.places = None
-            return (), bound | {"input_ids": self.numbered(ids)}
-        return super().before(module, args, kwargs)
+    def marked_ids(self, backbone: nn.Module, call: Call) -> Tensor | None:
+        """The ids with their placeholders numbered, or None where there are none.
 
-    def fill(self, ids: Tensor) -> Tensor:
-        """Embeddings of ids with placeholders."""
-        if self.hooked:
-            self.looked_up = ids  # counted only if the backbone is given embeddings and no ids
-        elif not self.has_placeholders(ids):
+        Inside the backbone rows may be transposed, and some models look for the largest id, which a placeholder is.
+        """
+        ids = call.input_ids
+        if ids is None or not self.has_placeholders(ids, embedding_of(backbone).training):
+            return None
+        return self._numbered(ids)
+
+    def number(self, embedding: nn.Module, ids: Tensor) -> Tensor:
+        """The ids that the embedding is given: (…, tokens), the i-th placeholder of each row as ``-1 - i``."""
+        if self.argument_names:
+            # Counted only if the backbone is then given embeddings and no ids.
+            self.calls.current_or_next().embedded_ids = ids
+        elif not self.has_placeholders(ids, embedding.training):
             raise ConfigError(
-                f"The batch has no placeholder ({self.placeholder}) for the {self.n} virtual tokens of PTuning; only"
-                " transformers backbones get them put in front."
+                f"The batch has no placeholder ({self.placeholder}) for the {self.num_virtual_tokens} virtual tokens of"
+                " PTuning; only transformers backbones get them put in front."
             )
-        return super().fill(self.numbered(ids))
+        return self._numbered(ids)
 
-    def numbered(self, ids: Tensor) -> Tensor:
-        """The ids, the i-th placeholder of each row as ``-1 - i``."""
-        found = ids == self.placeholder
-        return torch.where(found, -found.cumsum(dim=-1), ids)
+    def _numbered(self, ids: Tensor) -> Tensor:
+        is_placeholder = ids == self.placeholder
+        return torch.where(is_placeholder, -is_placeholder.cumsum(dim=-1), ids)
 
-    def wanted(self, states: Tensor) -> bool:
-        """A batch with placeholders needs nothing put in front."""
-        ids, self.looked_up = self.looked_up, None
-        if states.is_floating_point():
-            return ids is None or not self.has_placeholders(ids, exactly=True)
-        return True
+    def wanted(self, backbone: nn.Module, call: Call) -> bool:
+        """Whether vectors are put in front: not where the embeddings hold them already, in place of placeholders."""
+        if call.input_ids is not None or call.embedded_ids is None:
+            return True
+        # What came before the first batch says nothing here: other inputs may be embedded from elsewhere.
+        return not self.has_placeholders(call.embedded_ids, training=False)
 
     # ---- counting --------------------------------------------------------------------------------------------------
-    def has_placeholders(self, ids: Tensor, exactly: bool = False) -> bool:
+    def has_placeholders(self, ids: Tensor, training: bool) -> bool:
         """Whether there are placeholders; raises unless there are n in every row.
 
         Args:
-            ids: rows of ids.
-            exactly: whether these very ids must be counted, whatever the first batch had.
+            ids: (…, tokens).
+            training: whether a batch may be taken to be like the first one, if gradients are on as well. Otherwise
+                these very ids are counted.
         """
         noted = note_on(ids).get(self.placeholder)
         if noted is not None:
-            return self.judged(noted)
+            return self.judge(noted)
         if ids.device.type == "cpu":
-            return self.judged(self.counts(ids).tolist())
+            return self.judge(self.counts(ids).tolist())
         self.check_arrived()
-        remembers = self.embedding.training and torch.is_grad_enabled() and not exactly
-        if remembers and self.first_had is not None:
+        like_the_first = training and torch.is_grad_enabled()
+        if like_the_first and self.first_had is not None:
             self.arriving.append(ArrivingCounts(self.counts(ids)))
             return self.first_had
-        had = self.judged(self.counts(ids).cpu().tolist())
-        self.first_had = had if remembers else None
+        had = self.judge(self.counts(ids).cpu().tolist())
+        self.first_had = had if like_the_first else None
         return had
 
     def counts(self, ids: Tensor) -> Tensor:
         """Placeholders in each row."""
         return (ids == self.placeholder).sum(dim=-1).flatten()
 
-    def judged(self, counts: list[int]) -> bool:
+    def judge(self, counts: list[int]) -> bool:
         """Whether there are placeholders, by their numbers in the rows of a batch; raises for a wrong number."""
         if not any(counts):
             return False
         for row, count in enumerate(counts):
-            if count != self.n:
+            if count != self.num_virtual_tokens:
                 raise ConfigError(
                     f"Row {row} of the batch has {count} placeholders (id {self.placeholder}), but"
-                    f" PTuning(num_virtual_tokens={self.n}) needs {self.n} in every row, or none in the whole batch."
+                    f" PTuning(num_virtual_tokens={self.num_virtual_tokens}) needs {self.num_virtual_tokens} in every"
+                    " row, or none in the whole batch."
                 )
         self.used = True
         return True
@@ -256,17 +266,19 @@ class Placeholders(VirtualTokens):
         """Raise if the counts of an earlier batch have arrived from the device and are not as expected."""
         while self.arriving and (counts := self.arriving[0].values()) is not None:
             self.arriving.pop(0)
-            wanted = self.n if self.first_had else 0
+            wanted = self.num_virtual_tokens if self.first_had else 0
             for row, count in enumerate(counts):
                 if count != wanted:
                     raise ConfigError(
                         f"Row {row} of an earlier batch has {count} placeholders (id {self.placeholder}); PTuning"
-                        f" (num_virtual_tokens={self.n}) took it to have {wanted}, as the first batch had. In a loop"
-                        " that brings its ids on the device all batches of a training run must be alike."
+                        f" (num_virtual_tokens={self.num_virtual_tokens}) took it to have {wanted}, as the first batch"
+                        " had. In a loop that brings its ids on the device all batches of a training run must be"
+                        " alike."
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"looked_up": None, "first_had": None, "arriving": []}
+        """Copies have seen no batch."""
+        return self.__dict__ | {"first_had": None, "arriving": []}
 
 
 class ArrivingCounts:

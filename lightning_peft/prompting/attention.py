@@ -1,8 +1,17 @@
-"""Prefixes inside attention, whatever computes it: transformers' attention registry, torch's `nn.MultiheadAttention`,
-or a module's own call of ``F.scaled_dot_product_attention``.
+"""Prefixes inside attention, whatever computes it.
 
 The prefix is put in front of keys and values where they meet the queries, after rotary embeddings and after the
-generation cache, so caches, lengths and positions stay the model's own.
+generation cache, so caches, lengths and positions stay the model's own. No public place serves all attentions, so
+there are three ways in, one for each kind of attention:
+
+* `RegistryAttention`: transformers' attentions look a function up in a registry, by a name that stands in their config.
+  A function of ours is registered there, and an adapted attention is given a config that names it.
+* `CalledAttention`: other modules (timm's, hand-written ones) call ``F.scaled_dot_product_attention`` themselves. While
+  their forward runs, that call comes to us.
+* `MultiheadPrefix`: torch's `nn.MultiheadAttention` does neither in all of its cases, so its forward is written out.
+
+Which kind a module is follows from what its forward calls. Python has no question for that, so `kind_of` reads the
+names in the compiled code: nothing is run, and no list of classes has to follow every new model.
 """
 
 from __future__ import annotations
@@ -17,32 +26,39 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.prompting.backbone import cache_of
+from lightning_peft.prompting.call import cache_among
 from lightning_peft.prompting.multihead import MultiheadPrefix
-from lightning_peft.prompting.prefix import PrefixedAttention, PrefixState, causal, squares, widen
+from lightning_peft.prompting.prefix import (
+    PrefixedAttention,
+    PrefixState,
+    causal_mask,
+    widen_mask,
+    worth_idle_queries,
+)
 
 #: the name under which our function stands in transformers' registry
 REGISTERED = "lightning_peft_prefix"
+#: the keyword by which an adapted attention tells that function how many tokens its cache held before
+PAST_LENGTH = "lightning_peft_past_length"
 SUPPORTED = (
     "transformers models on the attention interface, nn.MultiheadAttention, and modules that call"
     " F.scaled_dot_product_attention"
 )
 
 
+# ---- transformers' registry ----------------------------------------------------------------------------------------
 class RegistryState(PrefixState):
     """What an attention of transformers remembers.
 
-    Attributes:
+    Args:
         eager: the model's own eager attention function.
-        bias_owner: the module that computes T5's relative position bias for this stack, if there is one.
-        past: how many tokens are in the cache of this call.
     """
 
     def __init__(self, eager: Any) -> None:
         super().__init__()
         self.eager = eager
-        self.bias_owner: tuple[nn.Module, ...] = ()
-        self.past: Any = 0
+        #: the module that computes T5's relative position bias for this stack, if there is one
+        self.bias_owner: nn.Module | None = None
 
 
 class RegistryAttention(PrefixedAttention):
@@ -68,32 +84,48 @@ class RegistryAttention(PrefixedAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base."""
-        state = self._adapter
-        if state.bias_owner and state.active:
-            cache = cache_of(kwargs)
-            past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
-            state.past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        if self._adapter.active and self._adapter.bias_owner is not None:
+            # The forward adds its tokens to the cache before it calls us, and T5's bias needs the number before that.
+            # These forwards hand keywords on that they do not know.
+            kwargs[PAST_LENGTH] = self._cached_length(cache_among(kwargs))
         return self._base_forward(*args, **kwargs)
 
-    def _widen_bias(self, bias: Tensor, n: int) -> Tensor:
-        """T5's position bias (1, heads, queries, keys) with the prefix at the positions -n … -1."""
-        state = self._adapter
-        front = bias.new_zeros(*bias.shape[:-1], n)
-        if state.bias_owner:
-            owner: Any = state.bias_owner[0]
-            front = owner.compute_bias(bias.shape[-2], n, device=bias.device, past_seen_tokens=state.past + n)
-        return torch.cat([front.to(bias.dtype).expand(*bias.shape[:-1], n), bias], dim=-1)
+    def _cached_length(self, cache: Any) -> Any:
+        """Tokens in the cache of this layer: a number, or a tensor."""
+        length = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+        # A static cache counts in a tensor, and changes it in place.
+        return length.clone() if isinstance(length, Tensor) else length
+
+    def _widen_bias(self, bias: Tensor, prefix_length: int, past_length: Any) -> Tensor:
+        """T5's position bias with the prefix in front: (1, heads, queries, keys) -> (1, heads, queries, n + keys).
+
+        The prefix stands at the positions -n … -1. Where no layer computes a bias, its own is zero.
+        """
+        owner: Any = self._adapter.bias_owner
+        if owner is None:
+            front = bias.new_zeros(*bias.shape[:-1], prefix_length)
+        else:
+            # The owner counts keys from 0, so queries are told to stand n further on.
+            past = past_length + prefix_length
+            front = owner.compute_bias(bias.shape[-2], prefix_length, device=bias.device, past_seen_tokens=past)
+            front = front.to(bias.dtype).expand(*bias.shape[:-1], prefix_length)
+        return torch.cat([front, bias], dim=-1)
 
 
 class PrefixedConfig:
-    """A transformers config as one adapted attention sees it: the same, but for the attention implementation."""
+    """A transformers config as one adapted attention sees it: the same, but for the attention implementation.
 
-    def __init__(self, config: Any, owner: RegistryAttention) -> None:
-        self.config, self.owner = config, owner
+    Args:
+        config: the model's config.
+        state: of the attention; while it is switched off, the config is the model's in all.
+    """
+
+    def __init__(self, config: Any, state: RegistryState) -> None:
+        self.config, self.state = config, state
 
     @property
     def _attn_implementation(self) -> str | None:
-        return REGISTERED if self.owner._adapter.active else self.config._attn_implementation
+        return REGISTERED if self.state.active else self.config._attn_implementation
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "config" not in self.__dict__:  # copying and unpickling ask before it is filled
@@ -103,10 +135,16 @@ class PrefixedConfig:
 
 def register() -> None:
     """Make our function known to transformers; it acts for adapted modules only."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    import transformers.modeling_utils
 
-    if REGISTERED not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(REGISTERED, prefix_attention)
+    registry = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    if REGISTERED not in registry:
+        registry.register(REGISTERED, prefix_attention)
+
+
+def sdpa_function() -> Any:
+    """transformers' own way to call ``F.scaled_dot_product_attention``."""
+    return sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def check_implementation(config: Any) -> str:
@@ -121,33 +159,48 @@ def check_implementation(config: Any) -> str:
 
 
 def prefix_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What the registry calls for an adapted module: the model's own function, over longer keys and values."""
-    owner: Any = module.config.owner
-    name = check_implementation(module.config.config)
-    length, queries, bias = key.shape[-2], query.shape[-2], kwargs.get("position_bias")
-    key, value, n = owner._put_prefix(key, value)
-    flag = kwargs.get("is_causal")
-    flag = getattr(module, "is_causal", True) if flag is None else flag
-    implied = name == "sdpa" and attention_mask is None and queries > 1 and flag  # eager masks are always explicit
-    if bias is not None:
-        kwargs["position_bias"] = owner._widen_bias(bias, n)
+    """What the registry calls for an adapted attention: the model's own function, over longer keys and values.
+
+    Args:
+        module: the attention.
+        query, key, value: (batch, heads, length, width); keys and values may have fewer heads.
+        attention_mask: (batch or 1, heads or 1, queries, keys), or None.
+        kwargs: what the model tells its attention function besides.
+
+    Returns:
+        States (batch, queries, heads, width), and weights over the caller's keys if the function gives any.
+    """
+    implementation = check_implementation(module.config.config)
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    key, value, prefix_length = module._put_prefix(key, value)
+    past_length = kwargs.pop(PAST_LENGTH, 0)
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None:
+        kwargs["position_bias"] = module._widen_bias(position_bias, prefix_length, past_length)
     if attention_mask is not None:
-        attention_mask = widen(attention_mask, n, length)
-    elif implied and (bias is not None or not squares(queries, length, n)):
-        attention_mask = causal(queries, length, n, query.device)[None, None]
-    if name == "eager":
-        output, weights = owner._adapter.eager(module, query, key, value, attention_mask, **kwargs)
-        return output, None if weights is None else weights[..., n:]
-    function = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS["sdpa"]
-    square = implied and attention_mask is None
-    if square:
-        query = F.pad(query, (0, 0, n, 0))
-    output, weights = function(module, query, key, value, attention_mask, **(kwargs | {"is_causal": square}))
-    return output[:, n:] if square else output, weights
+        attention_mask = widen_mask(attention_mask, prefix_length, num_keys)
+
+    if implementation == "eager":  # its masks are always given
+        output, weights = module._adapter.eager(module, query, key, value, attention_mask, **kwargs)
+        return output, None if weights is None else weights[..., prefix_length:]
+
+    # Without a mask sdpa is told to be causal. Torch aligns that with the first key, which is the prefix now.
+    is_causal = kwargs.pop("is_causal", None)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if attention_mask is None and is_causal and num_queries > 1:
+        # The function takes either a bias or the causal order, not both.
+        if position_bias is None and worth_idle_queries(num_queries, num_keys, prefix_length):
+            query = F.pad(query, (0, 0, prefix_length, 0))
+            output, weights = sdpa_function()(module, query, key, value, None, is_causal=True, **kwargs)
+            return output[:, prefix_length:], weights
+        attention_mask = causal_mask(num_queries, num_keys, prefix_length, query.device)[None, None]
+    return sdpa_function()(module, query, key, value, attention_mask, is_causal=False, **kwargs)
 
 
+# ---- modules that call F.scaled_dot_product_attention ----------------------------------------------------------------
 class CalledAttention(PrefixedAttention):
     """A module that calls ``F.scaled_dot_product_attention`` itself: the call sees longer keys and values."""
 
@@ -155,15 +208,15 @@ class CalledAttention(PrefixedAttention):
         """As the base."""
         if not self._adapter.active:
             return self._base_forward(*args, **kwargs)
-        calls = _Calls(self)
-        with calls:
-            out = self._base_forward(*args, **kwargs)
-        if not calls.count:
+        redirection = AttentionRedirection(self)
+        with redirection:
+            output = self._base_forward(*args, **kwargs)
+        if redirection.num_calls == 0:
             raise ConfigError(
                 f"{type(self).__name__} did not call F.scaled_dot_product_attention, so its prefix had no effect."
                 " Switch its fused attention on (timm: fused_attn), or leave it out with exclude_modules."
             )
-        return out
+        return output
 
     def _attend(
         self,
@@ -176,53 +229,73 @@ class CalledAttention(PrefixedAttention):
         **kwargs: Any,
     ) -> Tensor:
         """``F.scaled_dot_product_attention`` with the prefix in front."""
-        length, queries = key.shape[-2], query.shape[-2]
-        key, value, n = self._put_prefix(key, value)
+        num_queries, num_keys = query.shape[-2], key.shape[-2]
+        key, value, prefix_length = self._put_prefix(key, value)
         if attn_mask is not None:
-            attn_mask = widen(attn_mask, n, length)
-        elif is_causal and not squares(queries, length, n):
-            attn_mask, is_causal = causal(queries, length, n, query.device), False
-        query = F.pad(query, (0, 0, n, 0)) if is_causal else query
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
-        return out[..., n:, :] if is_causal else out
+            attn_mask = widen_mask(attn_mask, prefix_length, num_keys)
+        elif is_causal and worth_idle_queries(num_queries, num_keys, prefix_length):
+            query = F.pad(query, (0, 0, prefix_length, 0))
+            output = F.scaled_dot_product_attention(query, key, value, None, dropout_p, is_causal=True, **kwargs)
+            return output[..., prefix_length:, :]
+        elif is_causal:
+            attn_mask = causal_mask(num_queries, num_keys, prefix_length, query.device)
+            is_causal = False
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
 
-class _Calls(TorchFunctionMode):
-    """While active, sends the calls of ``F.scaled_dot_product_attention`` to one module's `_attend`."""
+class AttentionRedirection(TorchFunctionMode):
+    """While active, sends this thread's calls of ``F.scaled_dot_product_attention`` to a module's `_attend`."""
 
-    def __init__(self, owner: CalledAttention) -> None:
+    def __init__(self, attention: CalledAttention) -> None:
         super().__init__()
-        self.owner, self.count = owner, 0
+        self.attention = attention
+        #: how many calls there were
+        self.num_calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.count += 1
-        return self.owner._attend(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        self.num_calls += 1
+        return self.attention._attend(*args, **kwargs)
 
 
+# ---- which kind a module is ----------------------------------------------------------------------------------------
 def kind_of(module: nn.Module) -> type[PrefixedAttention] | None:
     """The kind of adapted attention for a module, or None for every other module."""
     if isinstance(module, nn.MultiheadAttention):
         return MultiheadPrefix
-    if "ALL_ATTENTION_FUNCTIONS" in _names(type(module).forward) and hasattr(module, "config"):
+    if "ALL_ATTENTION_FUNCTIONS" in names_in(type(module).forward) and hasattr(module, "config"):
         return RegistryAttention
-    own = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    methods = [member for kind in own for member in vars(kind).values() if callable(member)]
-    return CalledAttention if any("scaled_dot_product_attention" in _names(m) for m in methods) else None
+    # The call may stand in any method of the module's own classes.
+    bases = type(module).__mro__
+    for base in bases[: bases.index(nn.Module)]:
+        for member in vars(base).values():
+            if callable(member) and "scaled_dot_product_attention" in names_in(member):
+                return CalledAttention
+    return None
 
 
-def _names(function: Any) -> tuple[str, ...]:
-    """Global and attribute names a function uses."""
+def names_in(function: Any) -> tuple[str, ...]:
+    """The names of globals and attributes that a function's code uses."""
+    # Decorators of transformers wrap the function that is meant.
     code = getattr(inspect.unwrap(function), "__code__", None)
     return code.co_names if code else ()
 
 
-def eager_function(module: nn.Module) -> Any:
-    """The model's own eager attention: the one its forward hands to the registry as the default."""
-    for kind in type(module).__mro__:
-        forward = inspect.unwrap(vars(kind)["forward"]) if "forward" in vars(kind) else None
-        for name in forward.__code__.co_names if forward else ():
+def eager_function(attention: nn.Module) -> Any:
+    """The model's own eager attention: the function that its forward hands to the registry as the default.
+
+    It is a global of the model's file, and no attribute leads to it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for base in type(attention).__mro__:
+        if "forward" not in vars(base):
+            continue
+        forward: Any = inspect.unwrap(vars(base)["forward"])
+        for name in names_in(forward):
             if name.endswith("eager_attention_forward"):
                 return forward.__globals__[name]
-    raise ConfigError(f"{type(module).__name__} has no eager attention function, so a prefix cannot be put into it.")
+    raise ConfigError(f"{type(attention).__name__} has no eager attention function, so a prefix cannot be put into it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,94 +10,116 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.errors import ConfigError
-from lightning_peft.prompting.positions import TABLES
+from lightning_peft.prompting.positions import POSITION_TABLES
+
+
+def pretrained_model_class() -> Any:
+    """transformers' ``PreTrainedModel``; an empty tuple, which nothing is an instance of, if it was never imported."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return () if modeling is None else modeling.PreTrainedModel
 
 
 def backbones(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """The innermost transformers models that take token ids, each with its input embedding."""
-    known = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
-    found = {}
+    pretrained_model = pretrained_model_class()
+    embeddings = {}
     for module in model.modules():
-        if isinstance(module, known) and "input_ids" in parameters_of(module):
-            table = embedding_of(module)
-            if table is not None:
-                found[module] = table
-    for module, table in found.items():
-        if not any(other is not module and other in found for other in module.modules()):
-            yield module, table
+        if isinstance(module, pretrained_model) and "input_ids" in argument_names(module):
+            embedding = embedding_of(module)
+            if embedding is not None:
+                embeddings[module] = embedding
+    for module, embedding in embeddings.items():
+        inner = [part for part in module.modules() if part is not module and part in embeddings]
+        if not inner:
+            yield module, embedding
 
 
-def embedding_of(module: nn.Module) -> nn.Module | None:
-    """The table of a model's input embedding, if it has one."""
+def embedding_of(module: nn.Module) -> Any:
+    """The table of a model's input embedding, or None."""
     try:
-        table = module.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
+        table = module.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # models of images and sound
         return None
     return table if isinstance(table, nn.Module) and hasattr(table, "num_embeddings") else None
 
 
 def outermost(model: nn.Module, inner: nn.Module) -> nn.Module:
-    """The outermost transformers model around another."""
-    known = sys.modules["transformers.modeling_utils"].PreTrainedModel
-    return next(m for m in model.modules() if isinstance(m, known) and any(c is inner for c in m.modules()))
+    """The outermost transformers model inside ``model`` that contains another; possibly that one itself."""
+    pretrained_model = pretrained_model_class()
+    for module in model.modules():  # from the outside to the inside
+        if isinstance(module, pretrained_model) and any(part is inner for part in module.modules()):
+            return module
+    raise AssertionError(f"{type(inner).__name__} is not inside a transformers model")
 
 
 def decoder_of(outer: nn.Module, encoder: nn.Module) -> nn.Module | None:
-    """The decoder that attends to this encoder, in an encoder-decoder model."""
-    if outer is encoder or not getattr(outer.config, "is_encoder_decoder", False):
+    """The decoder that attends to this encoder in an encoder-decoder model, or None."""
+    config: Any = outer.config
+    if outer is encoder or not getattr(config, "is_encoder_decoder", False) or not hasattr(outer, "get_decoder"):
         return None
-    decoder = outer.get_decoder() if hasattr(outer, "get_decoder") else None
+    decoder = outer.get_decoder()  # type: ignore[operator]
     return None if decoder in (None, encoder, outer) else decoder
 
 
-def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """The generation cache among the arguments of a call: ``cache``; before transformers 5.24 the other names."""
-    given = (arguments.get(name) for name in ("cache", "past_key_values", "cache_params"))
-    return next((cache for cache in given if cache is not None), None)
-
-
-def length_of(cache: Any) -> int:
-    """Tokens that a cache holds, virtual ones included."""
-    try:
-        return 0 if cache is None else int(cache.get_seq_length())
-    except (AttributeError, ValueError):  # xLSTM's state has no such method
-        raise ConfigError(
-            "This model keeps a recurrent state that does not count its tokens: with virtual tokens call it, or"
-            " generate, with use_cache=False."
-        ) from None
-
-
-def make_room(cache: Any, n: int, backbone: nn.Module) -> None:
-    """Static caches are made for the caller's tokens: add room for the virtual ones before they are allocated."""
+def make_room(cache: Any, num_virtual_tokens: int, backbone: nn.Module) -> None:
+    """Make an empty static cache longer, which was sized for the caller's tokens; other caches grow by themselves."""
     cache = getattr(cache, "self_attention_cache", cache)
     for layer in getattr(cache, "layers", ()):
-        if hasattr(layer, "max_cache_len") and not layer.is_initialized:
-            window = getattr(backbone.config, "sliding_window", None) if "Sliding" in type(layer).__name__ else None
-            layer.max_cache_len = min(layer.max_cache_len + n, window or layer.max_cache_len + n)
+        if not hasattr(layer, "max_cache_len") or layer.is_initialized:
+            continue
+        longer = layer.max_cache_len + num_virtual_tokens
+        # A sliding layer never holds more than its window. transformers tells it by its class alone.
+        window = None
+        if "Sliding" in type(layer).__name__:
+            window = getattr(backbone.config, "sliding_window", None)
+        layer.max_cache_len = min(longer, window) if window else longer
 
 
-def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a module's forward."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, without ``self``."""
+    return _argument_names(type(module).forward)
 
 
-def maximum(backbone: nn.Module) -> int | None:
+@functools.cache
+def _argument_names(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def named_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; ``names`` are those of the positional ones."""
+    named = dict(zip(names, args, strict=False))
+    named.update(kwargs)
+    return named
+
+
+def position_limit(backbone: nn.Module) -> int | None:
     """How many tokens a backbone has positions for; None if there is no limit."""
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in TABLES:
-            taken = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
-            return module.num_embeddings - taken
-    limits = (getattr(backbone.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in POSITION_TABLES:
+            continue
+        # RoBERTa's positions start behind the row of the padding, OPT's and BART's behind an offset.
+        if module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+        return module.num_embeddings - getattr(module, "offset", 0)
+    for name in ("max_position_embeddings", "max_seq_len"):
+        limit = getattr(backbone.config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
 
 
 def is_causal(backbone: nn.Module) -> bool:
-    """Whether a token sees only what stands before it; where no attention says so, the family does (Bloom, Mamba)."""
-    said = [m.is_causal for m in backbone.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    if said:
-        return any(said)
+    """Whether a token sees only what stands before it."""
+    answers = []
+    for module in backbone.modules():
+        answer = getattr(module, "is_causal", None)
+        if isinstance(answer, bool):
+            answers.append(answer)
+    if answers:
+        return any(answers)
+    # Bloom's and Mamba's layers do not say it. Their family does: it generates text and fills no gaps.
     auto = sys.modules["transformers"].models.auto.modeling_auto
-    kind = type(backbone.config)
-    decodes = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING
-    return decodes and getattr(backbone.config, "attn_type", "uni") == "uni"  # XLNet sees both sides
+    config = type(backbone.config)
+    generates = config in auto.MODEL_FOR_CAUSAL_LM_MAPPING and config not in auto.MODEL_FOR_MASKED_LM_MAPPING
+    sees_both_sides = getattr(backbone.config, "attn_type", "uni") != "uni"  # XLNet
+    return generates and not sees_both_sides

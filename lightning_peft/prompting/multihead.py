@@ -1,13 +1,16 @@
-"""Prefixes in torch's `nn.MultiheadAttention`, which with ``need_weights`` never calls a fused attention."""
+"""Prefixes in torch's `nn.MultiheadAttention`, which with ``need_weights`` never calls a fused attention.
+
+The module offers no place where its keys and values could be changed on their way, so its forward is written out here
+once more. `CalledAttention` would serve only where the caller asks for no weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.prompting.prefix import PrefixedAttention
 
@@ -29,66 +32,102 @@ class MultiheadPrefix(PrefixedAttention):
         """As `nn.MultiheadAttention`: batched or not, batch first or not, masks float or bool (True hides)."""
         base: Any = self
         if not self._adapter.active:
-            rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return self._base_forward(query, key, value, *rest)
+            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return self._base_forward(query, key, value, *options)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        batched = query.dim() == 3
-        swap = batched and not base.batch_first
-        states = [x.transpose(0, 1) if swap else x if batched else x.unsqueeze(0) for x in (query, key, value)]
-        q, k, v = (_split(base, x) for x in _project(base, *states))
-        if base.bias_k is not None:
-            k = torch.cat([k, _split(base, base.bias_k).expand(len(k), -1, -1, -1)], dim=-2)
-            v = torch.cat([v, _split(base, base.bias_v).expand(len(v), -1, -1, -1)], dim=-2)
-        if base.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        k, v, n = self._put_prefix(k, v)
-        mask = _hidden_to_scores(attn_mask, key_padding_mask, q, n, k.shape[-2])
+        # Everything below is batched, with the batch first.
+        is_batched = query.dim() == 3
+        length_first = is_batched and not base.batch_first
+        if length_first:
+            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+        elif not is_batched:
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+
+        queries, keys, values = _project(base, query, key, value)
+        if base.bias_k is not None:  # a learned row behind the caller's keys
+            batch_size = len(keys)
+            keys = torch.cat([keys, _split_heads(base, base.bias_k).expand(batch_size, -1, -1, -1)], dim=-2)
+            values = torch.cat([values, _split_heads(base, base.bias_v).expand(batch_size, -1, -1, -1)], dim=-2)
+        if base.add_zero_attn:  # and one of zeros
+            keys, values = F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1))
+        keys, values, prefix_length = self._put_prefix(keys, values)
+
+        mask = _scores_mask(attn_mask, key_padding_mask, queries)
+        if mask is not None:
+            # Masks say nothing about the prefix in front and the two rows behind: these are seen by all.
+            behind = keys.shape[-2] - prefix_length - mask.shape[-1]
+            mask = F.pad(mask, (prefix_length, behind))
         dropout = base.dropout if self.training else 0.0
-        out, weights = _attend(q, k, v, mask, dropout, need_weights)
-        out = base.out_proj(out.transpose(1, 2).flatten(2))
+        attended, weights = _attend(queries, keys, values, mask, dropout, need_weights)
+        output = base.out_proj(attended.transpose(1, 2).flatten(2))
+
+        # The caller's keys only, in the caller's form.
         if weights is not None:
-            weights = weights[..., n:]
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if batched else weights.squeeze(0)
-        return out.transpose(0, 1) if swap else out if batched else out.squeeze(0), weights
+            weights = weights[..., prefix_length:]
+            if average_attn_weights:
+                weights = weights.mean(dim=1)
+            if not is_batched:
+                weights = weights.squeeze(0)
+        if length_first:
+            output = output.transpose(0, 1)
+        elif not is_batched:
+            output = output.squeeze(0)
+        return output, weights
 
 
-def _split(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+def _split_heads(attention: Any, states: Tensor) -> Tensor:
     """(batch, length, embed) -> (batch, heads, length, head)."""
-    return x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+    return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
 
-def _project(base: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
-    if base.in_proj_weight is None:
-        weights = (base.q_proj_weight, base.k_proj_weight, base.v_proj_weight)
+def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of all heads: (batch, length, features) -> (batch, heads, length, head) each."""
+    if attention.in_proj_weight is None:  # keys or values have a width of their own
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
     else:
-        weights = base.in_proj_weight.chunk(3)
-    biases = (None,) * 3 if base.in_proj_bias is None else base.in_proj_bias.chunk(3)
-    return (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        weights = attention.in_proj_weight.chunk(3)
+    biases = (None, None, None) if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+    queries = F.linear(query, weights[0], biases[0])
+    keys = F.linear(key, weights[1], biases[1])
+    values = F.linear(value, weights[2], biases[2])
+    return _split_heads(attention, queries), _split_heads(attention, keys), _split_heads(attention, values)
 
 
-def _hidden_to_scores(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, n: int, total: int) -> Tensor | None:
-    """Both masks as one that is added to the scores (batch, heads or 1, queries or 1, total); None if none is given."""
-    scores = None
+def _scores_mask(attn_mask: Tensor | None, padding_mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    """Both masks as one that is added to the scores, (batch or 1, heads or 1, queries or 1, keys); None without any.
+
+    Args:
+        attn_mask: (queries, keys), or one for each head (batch · heads, queries, keys).
+        padding_mask: (batch, keys).
+        queries: (batch, heads, queries, head), for shapes and dtype.
+    """
+    mask = None
     if attn_mask is not None:
-        attn_mask = _added(attn_mask, q.dtype)
-        scores = attn_mask.view(-1, q.shape[1], *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask
-    if padding is not None:
-        padding = _added(padding, q.dtype).view(-1, 1, 1, padding.shape[-1])
-        scores = padding if scores is None else scores + padding
-    return None if scores is None else F.pad(scores, (n, total - n - scores.shape[-1]))
+        mask = _additive(attn_mask, queries.dtype)
+        if mask.dim() == 3:
+            mask = mask.view(-1, queries.shape[1], *mask.shape[1:])
+    if padding_mask is not None:
+        padding = _additive(padding_mask, queries.dtype).view(-1, 1, 1, padding_mask.shape[-1])
+        mask = padding if mask is None else mask + padding
+    return mask
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to scores: minus infinity where a bool mask says True."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, need_weights: bool
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """Attention of all heads: states (batch, heads, queries, head), and weights (batch, heads, queries, keys)."""
     if not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-    weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-    return weights @ v, weights
+        return F.scaled_dot_product_attention(queries, keys, values, mask, dropout), None
+    scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores + mask
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return weights @ values, weights

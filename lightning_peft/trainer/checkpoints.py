@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,12 @@ from lightning_peft.checkpoint import fitting, fitting_whole, make_way, section
 from lightning_peft.errors import CheckpointError
 from lightning_peft.files import SECTION, split
 from lightning_peft.format1 import upgraded_section
-from lightning_peft.lightning_packages import LightningDataModule
 from lightning_peft.sharding import unwrapped
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import adapted_modules, adapter_names, find, refuse_disabled, require, required_names
 from lightning_peft.trainer.checks import check_present
 from lightning_peft.trainer.kept_files import settle_kept_files
+from lightning_peft.trainer.objects import leave_out_arguments
 from lightning_peft.trainer.optimizer_states import optimizer_names, states_for_file
 from lightning_peft.trainer.resuming import check_states, take_resume
 from lightning_peft.trainer.strategies import flattens, loads_late
@@ -74,8 +73,8 @@ def _name_in(tensors: Mapping[str, torch.Tensor], key: str) -> str | None:
     return None
 
 
-def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | None) -> list[str]:
-    """Leave what is frozen out of a checkpoint and put the description in; names of the hyper-parameters left out."""
+def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | None) -> None:
+    """Leave what is frozen out of a checkpoint, and put the description in."""
     # inside `disabled` the module holds the base's own head, biases and statistics in place of the trained ones
     refuse_disabled(require(module)[0], "save")
     check_present(module)
@@ -91,15 +90,10 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = states_for_file(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
+    objects = leave_out_arguments(module, checkpoint)
+    if objects:
+        info["left_out"] = objects
     checkpoint[SECTION] = _with_names_of_pruned(info, checkpoint.get("state_dict") or {})
-    left_out: list[str] = []
-    for key in (type(module).CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
-        if isinstance(checkpoint.get(key), Mapping):
-            # A network among them is the whole base once more, and no object can be read back with `weights_only`.
-            lost = [name for name, value in checkpoint[key].items() if not _reads_back(value)]
-            checkpoint[key] = {name: value for name, value in checkpoint[key].items() if name not in lost}
-            left_out += lost
-    return left_out
 
 
 def _with_names_of_pruned(info: dict[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,21 +119,6 @@ def _with_names_of_pruned(info: dict[str, Any], state: Mapping[str, Any]) -> dic
     if "resume" in info:
         info["resume"]["optimizers"] = [[in_the_file(g) for g in groups] for groups in info["resume"]["optimizers"]]
     return info
-
-
-def _reads_back(value: Any) -> bool:
-    """Whether a value survives ``torch.save`` and ``torch.load(weights_only=True)``."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return True
-    if isinstance(value, nn.Module):
-        return False
-    try:
-        torch.save(value, file := io.BytesIO())
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception:  # whatever pickle and torch raise for what they cannot do
-        return False
-    return True
 
 
 def _resume(module: L.LightningModule) -> dict[str, Any]:

@@ -118,7 +118,9 @@ class ShardingLoader(Loader):
     def _content(self, path: Path) -> dict[str, Any]:
         """What a file holds, or a folder of shards but for the values of its tensors."""
         if is_folder(path):
-            return read_rest(path) | {"state_dict": shapes(path)}
+            content = read_rest(path)
+            content["state_dict"] = shapes(path)
+            return content
         if not os.path.exists(path):
             raise missing(path)
         if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -17,12 +18,21 @@ from lightning_peft.checkpoint import adapter_state_dict, fitting_whole, inject_
 from lightning_peft.errors import CheckpointError, PEFTError
 from lightning_peft.files import load_checkpoint, locate, read
 from lightning_peft.folders import as_file
-from lightning_peft.lightning_packages import every, fabric_module, package_of_class, why_unknown
+from lightning_peft.lightning_packages import (
+    every,
+    fabric_module,
+    package_of_class,
+    rank_zero_warn,
+    why_unknown,
+)
+from lightning_peft.objects import arguments_left_out, left_out
 from lightning_peft.requirements import require_package
 from lightning_peft.trainable import find
+from lightning_peft.trainer.objects import arguments, does_something, listed
 from lightning_peft.trainer.session import Session
 from lightning_peft.untrusted import (
     check_functions,
+    check_loading,
     known_class,
     only_known_imports,
     settle_parameters,
@@ -47,7 +57,8 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
         cls_or_module: a LightningModule class, built from the hyper-parameters in the checkpoint, or an instance,
             which is adapted in place.
         path: a checkpoint written with the `PEFT` callback, a file or a folder of shards.
-        kwargs: constructor arguments that replace or complete the stored ones (for a class).
+        kwargs: constructor arguments that replace or complete the stored ones (for a class). ``weights_only=False``
+            also builds the objects in a file that you trust, which can run code.
 
     Returns:
         The module: built by itself (the base weights come from its constructor or ``configure_model``), adapted as
@@ -63,10 +74,11 @@ def load_from_checkpoint(cls_or_module: type[Module] | Module, path: str | os.Pa
 def _from_file(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[str, Any]) -> Module:
     state, info = read(file)  # one clear error for a plain, broken or unsafe file before anything is built
     if isinstance(cls_or_module, every("LightningModule")):
+        weights_only = kwargs.pop("weights_only", None)
         if kwargs:
             raise PEFTError(f"Constructor arguments ({', '.join(kwargs)}) go with a class, not with an instance.")
         module = cls_or_module
-        type(module).on_load_checkpoint(module, load_checkpoint(file))
+        _call_own_hook(module, _content(module, file, weights_only))
     else:
         module = _build(cls_or_module, file, kwargs)
     if info.get("save") == "full":
@@ -75,6 +87,28 @@ def _from_file(cls_or_module: type[Module] | Module, file: Path, kwargs: dict[st
         load_adapter(module, file)
     Session.on(module).keep_small("trainable")
     return module
+
+
+def _content(module: L.LightningModule, file: Path, weights_only: bool | None) -> dict[str, Any]:
+    if weights_only is False:  # the user trusts the file
+        return _read(package_of_class(type(module)), file, "cpu", weights_only)
+    return load_checkpoint(file)
+
+
+def _call_own_hook(module: L.LightningModule, content: dict[str, Any]) -> None:
+    """Call the module's ``on_load_checkpoint``, unless what it may ask for was not read.
+
+    An instance has what its constructor gave it, and would lose that to a hook that finds nothing in the file.
+    """
+    lost = left_out(content)
+    if not lost:
+        type(module).on_load_checkpoint(module, content)
+    elif does_something(type(module).on_load_checkpoint):
+        rank_zero_warn(
+            f"{type(module).__name__}.on_load_checkpoint is not called, because the checkpoint holds objects, which are"
+            f" not built: {listed(lost)}. If you trust the file: load_from_checkpoint(instance, path,"
+            " weights_only=False)."
+        )
 
 
 def _load_whole(module: L.LightningModule, state: Mapping[str, Tensor], info: Mapping[str, Any], where: str) -> None:
@@ -96,6 +130,7 @@ def _build(kind: type[Module], file: Path, kwargs: dict[str, Any]) -> Module:
     with warnings.catch_warnings():  # strict=False warns of the frozen weights; the strict load follows
         warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
         if _loads_in_its_own_way(kind):
+            _check_own_way(kind, file, kwargs)
             return kind.load_from_checkpoint(file, strict=False, **kwargs)
         return rebuild(kind, file, strict=False, **kwargs)
 
@@ -104,6 +139,19 @@ def _loads_in_its_own_way(kind: type) -> bool:
     """Whether the user's class has a ``load_from_checkpoint`` of its own."""
     owner = next(base for base in kind.__mro__ if "load_from_checkpoint" in vars(base))
     return owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning", "lightning_peft")
+
+
+def _check_own_way(kind: type, file: Path, given: Mapping[str, Any]) -> None:
+    """Look at a file before a class reads it in its own way, which may unpickle anything."""
+    content = _read(package_of_class(kind), file, "cpu", given.get("weights_only"))
+    _check_complete(kind, content, str(file), given)
+    lost = left_out(content)
+    if lost:
+        raise CheckpointError(
+            f"{file} holds objects, and {kind.__name__}.load_from_checkpoint reads files in a way of its own, which may"
+            f" build them: {listed(lost)}. Build the module and load into it: load_from_checkpoint({kind.__name__}(…),"
+            " path). If you trust the file: load_from_checkpoint(…, weights_only=False)."
+        )
 
 
 # ---- from constructor arguments in a file --------------------------------------------------------------------------
@@ -136,6 +184,8 @@ def rebuild(
     if hparams_file is not None:
         content.pop(kind.CHECKPOINT_HYPER_PARAMS_KEY, None)
     _settle_arguments(kind, content, str(path), kwargs)
+    if hparams_file is None:
+        _check_complete(kind, content, str(path), kwargs)
     if hparams_file is not None:
         is_csv = str(hparams_file).endswith(".csv")
         load = saving.load_hparams_from_tags_csv if is_csv else saving.load_hparams_from_yaml
@@ -143,8 +193,6 @@ def rebuild(
     stored = content.setdefault(kind.CHECKPOINT_HYPER_PARAMS_KEY, {})
     stored.update(kwargs)
     made_by_parser = "_instantiator" in stored
-    if made_by_parser:
-        require_package("jsonargparse", f"{path} was written by LightningCLI: building the module from it")
     options = {"strict": strict} if issubclass(kind, every("LightningModule")) else {}
     try:
         with only_known_imports(_named(kind, kwargs)) if made_by_parser else nullcontext():
@@ -175,6 +223,41 @@ def _read(package: Any, path: Any, map_location: Any, weights_only: bool | None)
         raise CheckpointError(f"{path} is no checkpoint of Lightning, or a damaged one: {short(error)}") from error
 
 
+def _check_complete(kind: type[Any], content: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> None:
+    """Make sure that no argument falls back to its default because the checkpoint does not hold what it was.
+
+    Raises:
+        CheckpointError: one was an object when the checkpoint was written, and is not given.
+    """
+    key = kind.CHECKPOINT_HYPER_PARAMS_KEY
+    there = {*content.get(key, ()), *given}  # a module's own hook may have put back what was left out
+    lost = {}
+    for name, path in arguments_left_out(content, key).items():
+        if name not in there and _takes(kind, content, name):
+            lost[name] = path
+    if key in left_out(content):  # all of them are one object, such as a DictConfig of OmegaConf
+        name = str(content.get(kind.CHECKPOINT_HYPER_PARAMS_NAME) or key)
+        if name not in given:
+            lost[name] = left_out(content)[key]
+    if not lost:
+        return
+    trusted = ", or, if you trust the file, weights_only=False" if left_out(content) else ""
+    raise CheckpointError(
+        f"{where} does not give what {kind.__name__} was built with: {listed(lost)}. Objects stay out of checkpoints,"
+        f" or are not read, because they could run code. Build the module and load into it:"
+        f" load_from_checkpoint({kind.__name__}(…), path). Or give them: load_from_checkpoint({kind.__name__}, path,"
+        f" {arguments(lost)}){trusted}."
+    )
+
+
+def _takes(kind: type, content: Mapping[str, Any], name: str) -> bool:
+    """Whether a class would be given a stored hyper-parameter: by its name, among others, or all as one argument."""
+    parameters = inspect.signature(kind.__init__).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    whole = content.get(kind.CHECKPOINT_HYPER_PARAMS_NAME)
+    return takes_any or name in parameters or (isinstance(whole, str) and whole in parameters)
+
+
 def _settle_arguments(kind: type[Any], content: dict[str, Any], where: str, given: Mapping[str, Any]) -> None:
     """Make sure, in place, that stored arguments import nothing but classes of known packages."""
     ours = hasattr(kind, "import_fields")  # TaskModule and the data modules; others' arguments are their own affair
@@ -183,12 +266,15 @@ def _settle_arguments(kind: type[Any], content: dict[str, Any], where: str, give
             continue
         stored = {name: value for name, value in content[key].items() if name not in given}
         if "_instantiator" in stored:
+            require_package("jsonargparse", f"{where} was written by LightningCLI: building the module from it")
             _settle_instantiator(kind, stored, where)
-            for name in stored.keys() - {"_instantiator", "_class_path"}:
-                way_out = f"Give it in the call: load_from_checkpoint(…, {name}=…)."
-                stored |= with_known_classes({name: stored[name]}, where, way_out)
+            for name in list(stored):  # in the order of the file, so that a refusal always names the same one
+                if name not in ("_instantiator", "_class_path"):
+                    way_out = f"Give it in the call: load_from_checkpoint(…, {name}=…)."
+                    stored |= with_known_classes({name: stored[name]}, where, way_out)
         if ours:
             check_functions(kind, stored, where, "Give it in the call: load_from_checkpoint(…, NAME=…).")
+            check_loading(stored, where, "Give it in the call: load_from_checkpoint(…, load_kwargs=…).")
             stored = without_places(stored)
         content[key] = stored
 

@@ -38,13 +38,14 @@ from torch import nn
 from lightning_peft.errors import CheckpointError
 from lightning_peft.hollow import settle_base, waits
 from lightning_peft.injection import SESSION
-from lightning_peft.lightning_packages import every, rank_zero_warn
+from lightning_peft.lightning_packages import every
 from lightning_peft.switching import is_complete
 from lightning_peft.trainable import find, require
 from lightning_peft.trainer.checkpoint_io import use_safe_files
 from lightning_peft.trainer.checkpoints import compare, describe, filter_state, forgive_frozen
 from lightning_peft.trainer.driving import Transfer
 from lightning_peft.trainer.loading import loader_for
+from lightning_peft.trainer.objects import call_without_objects, check_left_out, say_what_is_written
 from lightning_peft.trainer.optimizer_states import arrange_states
 from lightning_peft.trainer.strategies import explained, filters_itself, loads_late, settings
 from lightning_peft.verify import other_base, other_values
@@ -82,7 +83,6 @@ class Session:
         self.save: str | None = None
         self._handles: list[Any] = []
         self._own_hooks: dict[str, Any] = {}  # what the user has set on the instance and ours stand in front of
-        self._warned = False
         # of the Trainer's strategy, and not copied with the module
         self._for_a_run: list[Patched] = []
         self._for_files: list[Patched] = []
@@ -154,17 +154,13 @@ class Session:
 
     def _on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if find(self.module) is not None:
-            left_out = describe(self.module, checkpoint, self.save)
-            if left_out and not self._warned:
-                self._warned = True
-                rank_zero_warn(
-                    f"The hyper-parameters {', '.join(left_out)} are objects and are left out of the checkpoints:"
-                    " otherwise these could not be read with weights_only. Reload with load_from_checkpoint(…,"
-                    f" {left_out[0]}=…); to silence this: save_hyperparameters(ignore={left_out!r})."
-                )
+            describe(self.module, checkpoint, self.save)
         self._own("on_save_checkpoint")(checkpoint)
+        say_what_is_written(self.module, checkpoint)
 
     def _on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = self._own("on_load_checkpoint")
+        check_left_out(self.module, checkpoint, own)
         info = compare(self.module, checkpoint)
         if info is not None and waits(self.module):
             self._unseen_base = info
@@ -172,7 +168,7 @@ class Session:
         fits = info is not None and trainer is not None and trainer.state.fn == "fit" and not loads_late(trainer)
         if fits and "optimizer_states" in checkpoint and "state_dict" in checkpoint:
             self._unsorted = checkpoint  # until the optimizers are there
-        self._own("on_load_checkpoint")(checkpoint)
+        call_without_objects(own, self.module, checkpoint)
 
     def check_base(self) -> None:
         """Compare a base that was loaded late with that of the checkpoint."""

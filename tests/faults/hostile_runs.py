@@ -6,6 +6,7 @@ Every piece of code that could run writes a marker file, so that "nothing ran" c
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,13 @@ def callable_behind_a_torch_path(run: Run, parameters: dict[str, Any]) -> None:
     parameters |= {"task": "custom", "label_names": None}
 
 
+def options_in_a_text(run: Run, parameters: dict[str, Any]) -> None:
+    """The permission in a text, which jsonargparse reads as YAML where it expects something else."""
+    remote_model(run, parameters)
+    parameters |= {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    parameters |= {name: json.dumps(parameters[name]) for name in ("model", "model_kwargs")}
+
+
 def instantiator(run: Run, parameters: dict[str, Any]) -> None:
     """A function of the sender that is to build the module."""
     parameters |= {"_instantiator": f"{EVIL}.function"}
@@ -171,6 +179,7 @@ PARAMETERS: dict[str, Change] = {
         class_path_of_anything,
         class_path_of_the_module,
         callable_behind_a_torch_path,
+        options_in_a_text,
         instantiator,
     )
 }
@@ -258,6 +267,40 @@ def writing_above(run: Run, config: dict[str, Any]) -> None:
     config["trainer"]["callbacks"] = [callback]
 
 
+def options_in_a_text_of_a_config(run: Run, config: dict[str, Any]) -> None:
+    """The same permission, in texts that would be read once more."""
+    arguments = config["model"]["init_args"]
+    remote_model(run, arguments)
+    arguments |= {name: json.dumps(arguments[name]) for name in ("model", "model_kwargs")}
+
+
+def class_in_a_text(run: Run, config: dict[str, Any]) -> None:
+    """A known class that writes elsewhere, in a text."""
+    spec = {"class_path": "lightning_peft.PredictionWriter", "init_args": {"path": str(run.place / "elsewhere.csv")}}
+    config["trainer"]["callbacks"] = json.dumps([spec])
+
+
+def model_in_a_further_file(run: Run, config: dict[str, Any]) -> None:
+    """A file beside the config that names a class, and a function for it to call."""
+    inner = run.folder / "inner.yaml"
+    calls = {"operator": "transformers.testing_utils.run_command", "metric_a": 1.0, "metric_b": 1.0}
+    inner.write_text(yaml.safe_dump({"class_path": "torchmetrics.metric.CompositionalMetric", "init_args": calls}))
+    config["model"]["init_args"]["model"] = str(inner)
+
+
+def data_from_elsewhere(run: Run, config: dict[str, Any]) -> None:
+    """An address in place of the file, and a folder that gets what is loaded."""
+    cache = {"filecache": {"cache_storage": str(run.place / "planted"), "same_names": True}}
+    files = f"filecache::file://{run.place / 'rows.csv'}"
+    config["data"]["init_args"]["load_kwargs"] = {"data_files": {"train": files}, "storage_options": cache}
+
+
+def place_behind_a_dot(run: Run, config: dict[str, Any]) -> None:
+    """An option that jsonargparse puts into another one."""
+    config["trainer"]["profiler"] = "simple"
+    config["trainer"]["profiler.dirpath"] = str(run.place / "planted")
+
+
 CONFIGS: dict[str, Change] = {
     f.__name__: f
     for f in (
@@ -274,6 +317,11 @@ CONFIGS: dict[str, Change] = {
         callback_by_name,
         writing_elsewhere,
         writing_above,
+        options_in_a_text_of_a_config,
+        class_in_a_text,
+        model_in_a_further_file,
+        data_from_elsewhere,
+        place_behind_a_dot,
     )
 }
 

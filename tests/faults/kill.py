@@ -125,8 +125,9 @@ def _examine_export(folder: Path, _: Path) -> str:
     from transformers import AutoModelForSequenceClassification as Auto
 
     place = folder / "merged"
-    if not (place / "config.json").exists():
+    if not (place / "model.safetensors").exists():
         return "between two exports" if place.exists() else "nothing yet"
+    assert (place / "config.json").exists(), "weights alone"
     net = Auto.from_pretrained(place)
     assert not any(torch.isnan(p).any() for p in net.parameters())
     return "complete"
@@ -136,8 +137,9 @@ def _examine_peft(folder: Path, _: Path) -> str:
     from safetensors.torch import load_file
 
     place = folder / "peft"
-    if not (place / "adapter_config.json").exists():
+    if not (place / "adapter_model.safetensors").exists():
         return "between two exports" if place.exists() else "nothing yet"
+    assert (place / "adapter_config.json").exists(), "weights alone"
     state = load_file(place / "adapter_model.safetensors")
     uniform(state.values())
     return "complete"

@@ -117,10 +117,11 @@ def test_an_inspected_file_may_be_replaced(tmp_path, monkeypatch):
     assert {t.shape[0] for n, t in peek(tmp_path / "a").tensors.items() if n.endswith("lora_A")} == {2}
 
 
-def test_an_export_that_was_interrupted_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_export_that_was_interrupted_says_so(tmp_path, monkeypatch, lost):
     monkeypatch.setattr("lightning_peft.formats.folder._PAUSE", 0.001)
     export_peft(pair()[0], tmp_path)
-    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / lost).unlink()
     (tmp_path / f".x{TEMPORARY}").mkdir()
     with pytest.raises(CheckpointError, match="another process is writing into it, or was interrupted"):
         import_peft(Net(256).net, tmp_path)
@@ -304,6 +305,23 @@ def test_a_file_system_without_permissions(tmp_path, monkeypatch):
     run.fit(Net(256), rows())
     run.save_checkpoint(tmp_path / "a.ckpt")
     load_adapter(Net(256), tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP], ids=["EINVAL", "ENOTSUP"])
+def test_a_file_system_that_cannot_flush(tmp_path, monkeypatch, number):
+    """Some in the network refuse every flush; one that reports a fault of the disk is believed."""
+
+    def refuse(handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    net = big()
+    for write in (save_adapter, save_merged, export_peft):
+        write(net, tmp_path / write.__name__)
+    load_adapter(Net(256).net, tmp_path / "save_adapter")
+    number = errno.EIO
+    with pytest.raises(WriteError, match="Input/output error"):
+        save_adapter(net, tmp_path / "save_adapter")
 
 
 def test_files_have_the_usual_permissions(tmp_path):

@@ -98,7 +98,8 @@ def test_hyper_parameters_choose_no_code_of_a_reload(run, tmp_path, name):
         ("class_path_of_the_optimizer", "optimizer names 'evil_module.Optimizer'."),
         ("class_path_of_anything", "tokenizer names 'evil_module.Loss'."),
         ("class_path_of_the_module", "the class names 'evil_module.Module'."),
-        ("callable_behind_a_torch_path", "torch.utils.data.dataloader.os.system"),
+        ("callable_behind_a_torch_path", "a.ckpt: optimizer names 'torch.serialization.os.system'. Of what a file"),
+        ("options_in_a_text", "is a text with auto_map in it, which would be read as an option. Give it in the call"),
         ("instantiator", "names the function 'evil_module.function' to build the module with, which is not called"),
     ],
 )
@@ -256,7 +257,7 @@ def test_a_config_that_was_found_chooses_no_code(run, capsys, verb, name):
     said = capsys.readouterr().err
     assert status in (0, 2) and (status == 0 or said.count("lightning-peft: error: ") == 1), said
     assert status == 0 or "Traceback" not in said
-    assert nothing_ran(run)
+    assert nothing_ran(run) and not (run.place / "elsewhere.csv").exists() and not (run.place / "planted").exists()
 
 
 @pytest.mark.parametrize(
@@ -272,6 +273,11 @@ def test_a_config_that_was_found_chooses_no_code(run, capsys, verb, name):
         ("config_in_a_config", "config.yaml: model should be a mapping of options."),
         ("writing_elsewhere", "path='../elsewhere.csv' lies outside the run's folder"),
         ("writing_above", "filename='../../x' lies outside the run's folder"),
+        ("options_in_a_text_of_a_config", "is a text with auto_map in it, which would be read as an option"),
+        ("class_in_a_text", "is a text with class_path in it, which would be read as an option"),
+        ("model_in_a_further_file", "inner.yaml' names a further file"),
+        ("data_from_elsewhere", "has other options than those that say how a table is written"),
+        ("place_behind_a_dot", "profiler.dirpath='"),
     ],
 )
 def test_a_refusal_of_a_found_config_names_the_way_out(run, capsys, name, said):
@@ -414,6 +420,38 @@ def test_a_file_names_no_function(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
+        *("{text}", "{path}", "Review: {text}\nIt was {mask}.", "{title}, {body}", "a: b", "[CLS] {text}", "- one"),
+        *("torch", "a.b.c", "2020-99-99", "C:\\data", "'", "*", "&", "!x", "'quoted'", "12", "no", "", "my torch.nn"),
+    ],
+)
+def test_a_text_that_is_none_of_these_is_kept(text):
+    """Templates, names and words may look like YAML."""
+    value = {"data": [{"template": text}]}
+    assert with_known_classes(value, "config.yaml", "Give it yourself.") == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": [{"class_path": "torch.nn.ReLU"}]}',
+        "trust_remote_code: true",
+        "{deep: '{\"trust_remote_code\": true}'}",
+        "[torch.save]",
+        "a: &a [*a]",
+        "x: {save_dir: /home}",
+        "attn_implementation: someone/kernel",
+        "torch.hub.load",
+        "torch._dynamo.config.x",
+    ],
+)
+def test_a_text_that_would_be_obeyed_is_refused(text):
+    with pytest.raises(CheckpointError, match="Give it yourself"):
+        with_known_classes({"model": {"anything": text}}, "config.yaml", "Give it yourself.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "a: &a [*a]",
         "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\n"
         "c: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\n"
@@ -421,7 +459,7 @@ def test_a_file_names_no_function(tmp_path):
     ],
 )
 def test_values_without_end_are_refused(text):
-    with pytest.raises(ValueError, match="more than 200000 values"):
+    with pytest.raises(ValueError, match=r"more than 200000 values|more than 200 deep"):
         check_extent(yaml.safe_load(text))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_peft import ConfigError, NoMatchError, PromptTuning, disabled, inject, unload
 from lightning_peft.adapted import AdapterState
-from lightning_peft.prompting.backbone import cache_of, length_of
+from lightning_peft.prompting.call import cache_among, length_of
 from lightning_peft.prompting.virtual import PromptedEmbedding
 from lightning_peft.prompting.visual import PromptedImage
 from tests.golden_case import Golden
@@ -338,7 +338,7 @@ def test_errors():
     assert recurrent.generate(ids, max_new_tokens=2, use_cache=False).shape == (1, 7)
     for name in ("cache", "past_key_values", "cache_params"):
         with pytest.raises(ConfigError, match="use_cache=False"):
-            length_of(cache_of({name: object()}))
+            length_of(cache_among({name: object()}))
     for bad in ({"position": "middle"}, {"init": "text"}, {"init_text": "x"}, {"num_virtual_tokens": 0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             PromptTuning(**bad)
