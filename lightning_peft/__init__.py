@@ -21,6 +21,7 @@ _HOME = {
     ),
     "lightning_peft.adapted": ("Adapted", "Delta"),
     "lightning_peft.method": ("Method",),
+    "lightning_peft.rates": ("suggest_lr", "SuggestedRate"),
     "lightning_peft.model.injection": ("inject", "unload"),
     "lightning_peft.model.hollow": ("load_base",),
     "lightning_peft.model.adapters": ("disabled", "trainable_names", "state_names"),
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from lightning_peft.model.merging import merge, merge_and_unload, unmerge
     from lightning_peft.model.summary import describe, summarize
     from lightning_peft.module import TaskModule
+    from lightning_peft.rates import SuggestedRate, suggest_lr
     from lightning_peft.saving.checkpoint import adapter_state_dict, load_adapter, save_adapter
     from lightning_peft.saving.combining import combine
     from lightning_peft.saving.export import save_merged

@@ -50,9 +50,10 @@ class Method(ABC):
     #: whether `merge` can fold it into the base weights
     mergeable: ClassVar[bool] = True
     why_not_mergeable: ClassVar[str] = ""
-    #: learning rate used when none is given, the range worth searching, and where both come from
-    default_lr: ClassVar[float] = 1e-4
-    lr_range: ClassVar[tuple[float, float]] = (1e-5, 1e-3)
+    #: the best learning rate in a run of 1,000 steps on a model of width 2,000, from which `suggest_lr` derives the
+    #: default; whether it falls with the root of the width; and where it comes from
+    reference_lr: ClassVar[float] = 4e-4
+    lr_follows_width: ClassVar[bool] = True
     lr_source: ClassVar[str] = ""
     #: whether the adapted model gives the base's output right after injection
     identity_at_init: ClassVar[bool] = True
@@ -138,6 +139,10 @@ class Method(ABC):
     def regularizer(self, model: nn.Module) -> Tensor | None:
         """A term to add to the loss, or None."""
         return None
+
+    def lr_factors(self) -> dict[str, float]:
+        """What the settings of this method do to its best learning rate: factors, by the text that explains them."""
+        return {}
 
     def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups over everything that trains. Default: decay for matrices, none for vectors."""

@@ -16,6 +16,7 @@ from lightning_peft.files import SECTION
 from lightning_peft.format1 import upgraded_section
 from lightning_peft.lightning_packages import L, LightningModule, every, rank_zero_info, restricted_classmethod
 from lightning_peft.model.adapters import Adapters
+from lightning_peft.rates import SuggestedRate
 from lightning_peft.saving.checkpoint import inject_saved
 from lightning_peft.saving.section import Section
 from lightning_peft.task.batches import check_labels
@@ -27,7 +28,7 @@ from lightning_peft.task.losses import TokenLoss
 from lightning_peft.task.metrics import stages
 from lightning_peft.task.modes import checkpoint_activations, train_mode
 from lightning_peft.task.objectives import custom_loss, task_loss
-from lightning_peft.task.optimization import build_optimizer, linear_schedule
+from lightning_peft.task.optimization import build_optimizer, default_rate, linear_schedule
 from lightning_peft.task.predictions import predict
 from lightning_peft.task.speed import Speed
 from lightning_peft.trainer.reload import rebuild
@@ -65,10 +66,10 @@ class TaskModule(LightningModule):
         num_labels: number of classes, where they have no names.
         label_names: the classes; by default those of the data module, else of the checkpoint.
         label_words: for the cloze tasks, token ids of each class's words; by default those of the data module.
-        optimizer: by default AdamW at the method's own rate.
+        optimizer: by default AdamW at `suggest_lr`, the rate for the method, the network and the length of the run.
         lr_scheduler: by default linear warm-up and decay, over optimizer steps.
         lr_interval: whether ``lr_scheduler`` counts epochs or optimizer steps.
-        lr: replaces the method's rate in the default optimizer.
+        lr: replaces that rate in the default optimizer.
         weight_decay: of the default optimizer.
         warmup: optimizer steps (int) or share of them (float; 0.06 by default) of the default schedule.
         gradient_checkpointing: recompute activations in backward: less memory, more time.
@@ -122,6 +123,7 @@ class TaskModule(LightningModule):
         self.tokenizer = None if isinstance(tokenizer, str) else tokenizer
         self.token_loss = TokenLoss(task)
         self.speed = Speed()
+        self.suggested: SuggestedRate | None = None  # where the learning rate of this fit comes from, if not from lr
         self.metrics: Any = None  # a ModuleDict once the labels are known
         given = isinstance(model, nn.Module)
         self.source = None if given else self.hparams["model"]
@@ -212,12 +214,16 @@ class TaskModule(LightningModule):
         return self.model(*args, **kwargs)
 
     def on_fit_start(self) -> None:
-        """Choose train or eval mode for the base, and say so."""
+        """Choose train or eval mode for the base; say that, and where the learning rate comes from."""
         rank_zero_info(train_mode(self.model, self.hparams.base_mode))
+        logged = {k: v for k, v in self.hparams.items() if not k.startswith("_")}
+        if self.suggested is not None:
+            rank_zero_info(str(self.suggested))
+            logged |= {"lr": self.suggested.lr, "lr_derivation": self.suggested.derivation}
         if self.hparams.base_mode == "eval":  # asked for, so no news
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
         for logger in self.loggers:
-            logger.log_hyperparams({k: v for k, v in self.hparams.items() if not k.startswith("_")})
+            logger.log_hyperparams(logged)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count the tokens of a training batch."""
@@ -270,6 +276,7 @@ class TaskModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The user's factories over what trains, or the method's own settings with warm-up and linear decay."""
+        self.suggested = None
         if self.optimizer_factory is not None:
             optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         else:
@@ -277,7 +284,11 @@ class TaskModule(LightningModule):
             mixed = (
                 isinstance(precision, every("plugins.MixedPrecision")) or getattr(precision, "scaler", None) is not None
             )
-            optimizer = build_optimizer(self, self.hparams.lr, self.hparams.weight_decay, mixed_precision=mixed)
+            lr = self.hparams.lr
+            if lr is None:
+                self.suggested = default_rate(self, self.trainer.estimated_stepping_batches)
+                lr = self.suggested.lr
+            optimizer = build_optimizer(self, lr, self.hparams.weight_decay, mixed_precision=mixed)
         return {"optimizer": optimizer, "lr_scheduler": self._schedule(optimizer)}
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

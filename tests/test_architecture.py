@@ -27,6 +27,7 @@ LAYERS = [
     ["match", "bottleneck.sites"],
     ["heads"],
     ["method"],
+    ["rates"],
     ["model"],
     ["lowrank", "bottleneck.layers", "torch_encoder", "model.adapters", "files", "fields"],
     ["saving.saved_adapter"],
@@ -52,7 +53,7 @@ LAYERS = [
     ["lightning_packages"],
     ["trainer.best", "trainer.driving", "trainer.checkpoint_io", "trainer.kept_files", "trainer.objects"],
     ["trainer.strategies"],
-    ["trainer.optimizer_states", "trainer.checks", "trainer.resuming", "trainer.idle_layers"],
+    ["trainer.optimizer_states", "trainer.checks", "trainer.resuming", "trainer.idle_layers", "trainer.rate_check"],
     ["trainer.loading"],
     ["trainer.checkpoints"],
     ["trainer.session"],
@@ -193,7 +194,7 @@ def test_methods_and_configs_agree(root):
             default = found.default_factory() if made else found.default
             assert default in (value, dataclasses.MISSING), f"{path.name}: {field}"
         assert path.read_text().startswith("#") and kind.paper and kind.lr_source, name
-        assert kind.lr_range[0] <= kind.default_lr <= kind.lr_range[1], name
+        assert 0 < kind.reference_lr < 1, name
         assert (root / "tests/methods" / f"test_{path.stem}.py").exists(), path.stem
         assert kind.mergeable != bool(kind.why_not_mergeable), name
 

@@ -14,12 +14,14 @@ from torch import nn
 
 from lightning_peft import (
     PEFT,
+    FullFineTuning,
     LoRA,
     TaskModule,
     TrainabilityCheck,
     inject,
     load_from_checkpoint,
     save_merged,
+    suggest_lr,
     trainable_names,
 )
 from lightning_peft.errors import CheckpointError, ConfigError
@@ -227,11 +229,11 @@ def test_the_methods_own_rate_and_a_schedule_in_steps(tmp_path):
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] and schedule.interval == "step"
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert held == {id(p) for p in module.parameters() if p.requires_grad}
-    peak = LoRA.default_lr
+    peak = suggest_lr(module, LoRA(r=2), 50).lr
     assert rates[:4] == pytest.approx([peak / 3, peak * 2 / 3, peak, peak]) and len(rates) == 50
     assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] == pytest.approx(peak / 47)
     plain = started(tmp_path)[1]
-    assert {g["initial_lr"] for g in plain.param_groups} == {5e-5}
+    assert {g["initial_lr"] for g in plain.param_groups} == {suggest_lr(module, FullFineTuning(), 1).lr}
     given = started(tmp_path, LoRA(r=2), lr=1e-3, weight_decay=0.1)[1]
     assert {(g["initial_lr"], g["weight_decay"]) for g in given.param_groups} == {(1e-3, 0.1), (1e-3, 0.0)}
     assert started(tmp_path, LoRA(r=2), lr=1.0, warmup=4, steps=5)[3] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])

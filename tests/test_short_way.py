@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lightning_peft import LoRA, LoRAFA, inject, trainable_names
-from lightning_peft.lowrank import LowRankLinear
+from lightning_peft.lowrank import LowRankLinear, fast
 from lightning_peft.lowrank.fast import is_plain_execution
-from lightning_peft.lowrank.inputs import source
+from lightning_peft.lowrank.inputs import parts_of
 from tests.models import MODELS, batch
 
 
@@ -41,6 +41,19 @@ class Block(nn.Module):
         x = x + q.tanh() * v + k.sum(-1, keepdim=True)
         h = self.normed(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """Inputs take the way of large ones, whatever their size."""
+    monkeypatch.setattr(fast, "SMALL", -1)
+
+
+@pytest.fixture(params=["large", "small"])
+def either_way(request, large, monkeypatch):
+    """Inputs take one of the two faster ways, whatever their size."""
+    if request.param == "small":
+        monkeypatch.setattr(fast, "SMALL", 10**9)
 
 
 def block(method=None, seed: int = 0, **options) -> nn.Module:
@@ -106,7 +119,7 @@ def test_second_derivatives_inside_autocast_of_a_forward_pass_outside_it():
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"norm": "layer"}], ids=["rms", "bias", "layer"])
 @pytest.mark.parametrize("method", [LoRA(r=2, alpha=3), LoRAFA(r=2), LoRA(r=1, rank_pattern={"k_proj": 3})], ids=str)
-def test_values_and_gradients(method, options):
+def test_values_and_gradients(method, options, either_way):
     net, x = block(method, **options), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     same(grads(net, x), grads(plainly(net), x), rtol=1e-10, atol=1e-12)
     with torch.no_grad():
@@ -139,7 +152,7 @@ def test_gradcheck(norm, shape):
     "shape", [(6,), (0, 6), (0, 4, 6), (2, 0, 6), (1, 16, 6), (2, 3, 4, 6), (5, 40, 6), (80, 4, 6)]
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_any_shape(shape, bias):
+def test_any_shape(shape, bias, either_way):
     """One row, none, many, in any number of dimensions; gradients that are expanded or transposed."""
     net, x = block(bias=bias), torch.randn(shape, dtype=torch.float64, requires_grad=True)
     same(grads(net, x), grads(plainly(net), x))
@@ -177,7 +190,7 @@ def test_only_some_outputs_are_used():
         same(torch.autograd.grad(use(net, pattern).pow(2).sum(), x), wanted)
 
 
-def test_outputs_may_be_written_into():
+def test_outputs_may_be_written_into(either_way):
     """Code that scales or adds to a projection's output in place, and a second pass over a kept graph."""
     net, x = block(), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
 
@@ -195,7 +208,7 @@ def test_outputs_may_be_written_into():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("outer", [nullcontext, torch.autograd.graph.save_on_cpu], ids=["bare", "offload"])
-def test_checkpointing(reentrant, outer):
+def test_checkpointing(reentrant, outer, either_way):
     net, x = block(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
 
     def call(module):
@@ -226,7 +239,7 @@ def test_hooks_that_change_what_is_saved_are_respected():
     same(found, grads(plainly(net), x)[1:2])
 
 
-def test_what_steps_aside():
+def test_what_steps_aside(either_way):
     """Hooks on the factors, function transforms and autocast take the plain formula, with equal results."""
     net, x = block(), torch.randn(3, 6, dtype=torch.float64)
     seen = []
@@ -244,7 +257,7 @@ def test_what_steps_aside():
     assert is_plain_execution()
     net, other = net.float(), plainly(net).float()
     with torch.autocast("cpu", torch.bfloat16):
-        same([net(x.float())], [other(x.float())])
+        same([net(x.float())], [other(x.float())], atol=0.02, rtol=0.02)  # bfloat16 has two or three digits
     assert net.to("meta")(x.float().to("meta")).is_meta
 
 
@@ -278,7 +291,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_between_two_layers_count(change):
+def test_changes_between_two_layers_count(change, either_way):
     """Whatever is changed in one layer after another that reads the same input was called."""
     net, x = block(bias=True), torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     found = []
@@ -294,7 +307,7 @@ def test_changes_between_two_layers_count(change):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_batched_gradients(shape):
+def test_batched_gradients(shape, either_way):
     """Many gradients in one backward pass (``is_grads_batched``)."""
     net, x = block(LoRA(r=1)), torch.randn(shape, dtype=torch.float64, requires_grad=True)
     found = []
@@ -320,12 +333,12 @@ def test_changed_inputs_are_not_rebuilt():
         ]
         same(*found)
     rounded = gain.float() * (part.float() * 1.1).to(torch.bfloat16)
-    assert rounded.dtype is torch.float32 and source(rounded).full[0] is rounded
+    assert rounded.dtype is torch.float32 and parts_of(rounded).full[0] is rounded
     normed = nn.LayerNorm(5).bfloat16()(part.bfloat16())
-    assert source(normed).full[0] is normed
+    assert parts_of(normed).full[0] is normed
 
 
-def test_other_bases_and_selective_checkpoints():
+def test_other_bases_and_selective_checkpoints(either_way):
     """A weight made at each call; a checkpoint that keeps the products, which may then not be written into."""
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     net = block(bias=True)
@@ -357,13 +370,13 @@ def test_inputs_are_rebuilt_not_kept():
         (F.gelu(x), 1),
         (x * x.sum(), 1),
     ):
-        found = source(made)
-        assert sum(found.sizes) == parts
-        torch.testing.assert_close(found.whole(made.dtype), made, rtol=1e-12, atol=1e-12)
+        found = parts_of(made)
+        assert sum(found.counts()) == parts
+        torch.testing.assert_close(found.recompute(made.dtype), made, rtol=1e-12, atol=1e-12)
         g = torch.randn(4, 6, dtype=torch.float64)
         wanted = g @ made.reshape(-1, 6)
         for dlow in (g, g.view(4, 2, 3).transpose(0, 1)):
-            torch.testing.assert_close(found.gradient(dlow), wanted)
+            torch.testing.assert_close(found.gradient_of_A(dlow), wanted)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -383,7 +396,8 @@ def test_less_is_kept(kind):
     theirs = peft.get_peft_model(MODELS[kind]().eval(), peft.LoraConfig(r=2, target_modules=names)).eval()
     ours, plain, peft_, least = (counts(n, step) for n in (net, plainly(net), theirs, floor(frozen)))
     assert ours["flops"] == plain["flops"]
-    assert ours["dispatches"] - least["dispatches"] < 0.85 * (peft_["dispatches"] - least["dispatches"])
+    most = 0.65 if kind == "llama" else 0.75
+    assert ours["dispatches"] - least["dispatches"] <= most * (peft_["dispatches"] - least["dispatches"])
     assert ours["kept"] < plain["kept"] and (kind == "bert" or ours["kept"] < 1.05 * least["kept"])
 
 

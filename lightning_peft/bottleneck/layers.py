@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.adapted import Adapted, AdapterState, Delta, factor_dtype, thread_key
 from lightning_peft.errors import ConfigError, PEFTError
@@ -52,6 +53,7 @@ class Bottleneck(Delta):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        # The up-projection starts at zero, so that the model starts as the base.
         options = {"dtype": factor_dtype(like), "device": like.device}
         self.down_weight = nn.Parameter(torch.zeros(width, size_in, **options))
         self.down_bias = nn.Parameter(torch.zeros(width, **options))
@@ -90,8 +92,9 @@ def check_width(v: Tensor, width: int) -> None:
 class Slot:
     """Takes a layer's input from where it enters to where the adapter reads it, within one pass through the layer.
 
-    Each thread has its own pass. Copies and pickles of it are empty: a tensor left over from a pass that broke off
-    never travels.
+    The input enters a part (often a normalisation) that has returned long before the adapter is reached, so no call of
+    a module encloses both. Each thread has its own pass. Copies and pickles are empty: a tensor left over from a pass
+    that broke off never travels.
     """
 
     def __init__(self) -> None:
@@ -102,7 +105,7 @@ class Slot:
         self.values[thread_key()] = value
 
     def take(self) -> Tensor | None:
-        """The input of this pass; the slot is empty afterwards."""
+        """The input of this pass; the slot is empty afterwards, so that nothing outlives its pass."""
         return self.values.pop(thread_key(), None)
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
@@ -124,17 +127,17 @@ class BottleneckState(AdapterState):
 
     Args:
         channel: dimension of the output that holds the features.
-
-    Attributes:
-        source: the module whose input is read; None for the layer's own input.
-        slot: takes that input to the bottleneck.
     """
 
     def __init__(self, channel: int = -1) -> None:
         super().__init__()
         self.channel = channel
+        #: the module whose input is read; None for the layer's own input
         self.source: nn.Module | None = None
+        #: takes that input to the bottleneck
         self.slot: Slot | None = None
+        #: the hook on the source, while the bottleneck is on
+        self.tap: RemovableHandle | None = None
 
     def listen(self, layer: nn.Module, source: nn.Module) -> None:
         """Read the input of ``source`` instead of the layer's own."""
@@ -144,14 +147,11 @@ class BottleneckState(AdapterState):
     def switch(self, layer: nn.Module, on: bool) -> None:
         """Switch the bottleneck on or off; while it is off, no hook is left anywhere and it costs nothing."""
         super().switch(layer, on)
-        if self.source is None:
-            return
-        hooks = self.source._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if getattr(hook, "slot", None) is self.slot]:
-            del hooks[key]
-            self.source._forward_pre_hooks_with_kwargs.pop(key, None)
-        if on:
-            self.source.register_forward_pre_hook(Tap(self.slot), with_kwargs=True)
+        if self.tap is not None:
+            self.tap.remove()
+            self.tap = None
+        if on and self.source is not None and self.slot is not None:
+            self.tap = self.source.register_forward_pre_hook(Tap(self.slot), with_kwargs=True)
 
 
 class WithBottleneck(Adapted):
@@ -164,7 +164,9 @@ class WithBottleneck(Adapted):
         channel = self._adapter.channel
         if channel == -1:
             return self.delta(v).to(like.dtype)
-        return self.delta(v.movedim(channel, -1)).movedim(-1, channel).to(like.dtype)
+        # Feature maps (batch, channels, …): the bottleneck works over the last dimension.
+        correction = self.delta(v.movedim(channel, -1)).movedim(-1, channel)
+        return correction.to(like.dtype)
 
     def _read_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The input of the layer that the bottleneck reads, which may be that of a module around this one."""
@@ -239,15 +241,16 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     raise ConfigError("A parallel adapter reads its module's input, but the module was called without a tensor.")
 
 
-def with_first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def with_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply ``change`` to a tensor, or to the first element of a tuple or list, which keeps its type."""
-    if isinstance(out, Tensor):
-        return change(out)
-    if isinstance(out, (tuple, list)) and out and isinstance(out[0], Tensor):
-        rest = [change(out[0]), *out[1:]]
-        return type(out)(*rest) if hasattr(out, "_fields") else type(out)(rest)
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        parts = [change(output[0]), *output[1:]]
+        is_named_tuple = hasattr(output, "_fields")  # takes its elements one by one
+        return type(output)(*parts) if is_named_tuple else type(output)(parts)
     raise ConfigError(
-        f"An adapter follows a module that returns {type(out).__name__}; it needs a tensor, or a tuple or list that"
+        f"An adapter follows a module that returns {type(output).__name__}; it needs a tensor, or a tuple or list that"
         " starts with one. Name a module inside it."
     )
 
@@ -257,31 +260,53 @@ def output_features(module: nn.Module) -> tuple[int, int] | None:
 
     Feature maps of convolutions, (B, C, …), have them in dimension 1: an adapter acts on the channels at each position.
     """
+    # Containers that are never called.
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         return None
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)):
-        size = next(getattr(module, n) for n in ("out_channels", "num_features", "num_channels") if hasattr(module, n))
-        return size, 1
+        num_channels = _first_number(module, "out_channels", "num_features", "num_channels")
+        assert num_channels is not None
+        return num_channels, 1
     if isinstance(module, nn.RNNBase):
-        return (module.proj_size or module.hidden_size) * (1 + module.bidirectional), -1
-    for name in ("out_features", "nf", "embedding_dim", "embed_dim"):
-        if isinstance(getattr(module, name, None), int):
-            return getattr(module, name), -1
+        num_directions = 1 + module.bidirectional
+        return (module.proj_size or module.hidden_size) * num_directions, -1
+    size = _first_number(module, "out_features", "nf", "embedding_dim", "embed_dim")
+    if size is not None:
+        return size, -1
+    # A weight of one dimension is that of a normalisation; PReLU's has no features.
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 1 and not isinstance(module, nn.PReLU):  # normalisation
+    if isinstance(weight, Tensor) and weight.ndim == 1 and not isinstance(module, nn.PReLU):
         return len(weight), -1
-    parts = [output_features(m) for m in reversed(list(module.children()))]
-    return next((p for p in parts if p is not None), None)
+    # Otherwise the last part that tells is taken for the one that gives the output.
+    for part in reversed(list(module.children())):
+        features = output_features(part)
+        if features is not None:
+            return features
+    return None
 
 
 def input_features(module: nn.Module) -> int | None:
     """Features of a module's input, read off it or off its first part; None if unknown or if positions change."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
         return None
-    for name in ("in_features", "nx", "embed_dim", "input_size"):
-        if isinstance(getattr(module, name, None), int):
-            return getattr(module, name)
-    if not list(module.children()):
-        found = output_features(module)
-        return found[0] if found and found[1] == -1 else None
-    return next((n for m in module.children() if (n := input_features(m)) is not None), None)
+    size = _first_number(module, "in_features", "nx", "embed_dim", "input_size")
+    if size is not None:
+        return size
+    parts = list(module.children())
+    if not parts:  # a normalisation gives what it takes
+        features = output_features(module)
+        return features[0] if features and features[1] == -1 else None
+    for part in parts:
+        size = input_features(part)
+        if size is not None:
+            return size
+    return None
+
+
+def _first_number(module: nn.Module, *names: str) -> int | None:
+    """The first of these attributes that is a whole number."""
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    return None

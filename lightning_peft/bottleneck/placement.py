@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,35 +95,49 @@ class AdapterMethod(Method):
     def _asked(self) -> tuple[tuple[str, ...], list[str]]:
         """Roles and patterns in ``target_modules``."""
         asked = as_patterns(getattr(self, "target_modules", None))
-        words = tuple(w for w in asked if w in ROLES) if asked else self.roles
-        return words, [p for p in asked if p not in ROLES]
+        if not asked:
+            return self.roles, []
+        words = tuple(word for word in asked if word in ROLES)
+        return words, [pattern for pattern in asked if pattern not in ROLES]
 
     def _sites(self, model: nn.Module, words: tuple[str, ...]) -> dict[str, Site]:
         """Name of the module to adapt -> its place."""
-        found = [s for s in find_sites(base_modules(model)) if s.role in words]
-        return {(s.norm if s.post and self.reads == "sum" else s.output): s for s in found}
+        sites = {}
+        for site in find_sites(base_modules(model)):
+            if site.role in words:
+                # In a post-norm layer the sum h + x exists only as the input of the normalisation.
+                name = site.norm if site.post and self.reads == "sum" else site.output
+                sites[name] = site
+        return sites
 
     def _called(self, model: nn.Module, words: list[str]) -> dict[str, nn.Module]:
         """Modules whose own name is one of these words: in layers that no table knows, that is what the word means."""
-        found = {}
+        called = {}
         for name, module in candidates(model).items():
             if name.rpartition(".")[2] in words and self.adapts(module):
-                found[name] = module
-        return found
+                called[name] = module
+        return called
 
     def _filtered(self, chosen: dict[str, nn.Module], prefix: str) -> dict[str, nn.Module]:
+        """Those of the chosen modules that ``exclude_modules`` and ``layers`` leave.
+
+        Raises:
+            NoMatchError: none are left.
+        """
         exclude, layers = getattr(self, "exclude_modules", None), getattr(self, "layers", None)
-        banned = [matcher(p) for p in as_patterns(exclude)]
-        left = {
-            n: m
-            for n, m in chosen.items()
-            if (layers is None or layer_index(n) in layers) and not excluded(n, prefix, banned)
-        }
+        is_banned = [matcher(pattern) for pattern in as_patterns(exclude)]
+        left = {}
+        numbers = set()
+        for name, module in chosen.items():
+            number = layer_index(name)
+            if number is not None:
+                numbers.add(number)
+            if (layers is None or number in layers) and not excluded(name, prefix, is_banned):
+                left[name] = module
         if not left:
             raise NoMatchError(
                 f"{type(self).__name__}: exclude_modules={exclude!r} and layers={layers!r} leave none of the"
-                f" {len(chosen)} places, for example {next(iter(chosen))!r}; layers here:"
-                f" {sorted({i for n in chosen if (i := layer_index(n)) is not None})}."
+                f" {len(chosen)} places, for example {next(iter(chosen))!r}; layers here: {sorted(numbers)}."
             )
         return left
 
@@ -132,21 +146,27 @@ class AdapterMethod(Method):
         if not getattr(self, "train_layer_norms", False):
             return []
         sites = self._sites(model, ROLES)
-        norms = dict.fromkeys(sites[n].norm for n in targets if n in sites)
-        return [f"{norm}.{n}" for norm in norms for n, _ in model.get_submodule(norm).named_parameters()]
+        # Two sub-layers may share a normalisation.
+        norms = dict.fromkeys(sites[target].norm for target in targets if target in sites)
+        names = []
+        for norm in norms:
+            for name, _ in model.get_submodule(norm).named_parameters():
+                names.append(f"{norm}.{name}")
+        return names
 
     # ---- what ------------------------------------------------------------------------------------------------------
     def adapt(self, module: nn.Module, name: str) -> None:
         """Put an adapter behind (or, parallel, beside) any module."""
-        found = output_features(module)
-        if found is None:
+        features = output_features(module)
+        if features is None:
             raise ConfigError(f"{type(self).__name__}: the number of features that {name!r} gives cannot be read off.")
-        size, channel = found
-        like = _like(module)
+        size, channel = features
+        like = _any_tensor(module)
         if self.reads == "input":
             delta = self.delta(like, input_features(module) or size, size, name)
             adapt(module, Beside, delta, BottleneckState(), name)
         else:
+            # A module that the user named belongs to no known sub-layer, so there is no sum to read: h + delta(h).
             adapt(module, AfterOutput, self.delta(like, size, size, name), BottleneckState(channel), name)
 
     def attach(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
@@ -166,14 +186,18 @@ class AdapterMethod(Method):
     def _adapt_site(self, model: nn.Module, site: Site, name: str) -> None:
         """Put an adapter where a known sub-layer ends."""
         module, norm = model.get_submodule(name), model.get_submodule(site.norm)
-        size = len(norm.weight) if getattr(norm, "weight", None) is not None else norm.normalized_shape[-1]
+        # A normalisation without a weight (elementwise_affine=False) still knows its width.
+        weight: Any = getattr(norm, "weight", None)
+        normalized_shape: Any = getattr(norm, "normalized_shape", None)
+        size = normalized_shape[-1] if weight is None else len(weight)
         if self.reads == "output":
             kind = AfterOutput
         elif self.reads == "input":
             kind = Beside
         else:
             kind = AroundNorm if site.post else OnSum
-        adapt(module, kind, self.delta(_like(norm, module), size, size, name), BottleneckState(), name)
+        delta = self.delta(_any_tensor(norm, module), size, size, name)
+        adapt(module, kind, delta, BottleneckState(), name)
 
     def detach(self, model: nn.Module, names: list[str]) -> None:
         """Take the adapters out and stop listening."""
@@ -195,16 +219,16 @@ class AdapterMethod(Method):
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by its name (the root is ``""``), without adapters and without torchmetrics."""
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, name: str) -> None:
-        found[name] = module
+        modules[name] = module
         for key, child in module.named_children():
             if not is_metric(child) and not isinstance(child, Delta):
                 visit(child, f"{name}.{key}" if name else key)
 
     visit(model, "")
-    return found
+    return modules
 
 
 def drop_layers(model: nn.Module, layers: int | Collection[int]) -> None:
@@ -238,14 +262,21 @@ def adapter_layers(model: nn.Module) -> list[tuple[WithBottleneck, int | None]]:
     Raises:
         PEFTError: there are none.
     """
-    found = [(m, layer_index(n)) for n, m in model.named_modules() if isinstance(m, WithBottleneck)]
-    if not found:
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, WithBottleneck):
+            layers.append((module, layer_index(name)))
+    if not layers:
         raise PEFTError(
             f"{type(model).__name__} has no bottleneck adapters whose layers could be dropped; inject Houlsby(),"
             " Pfeiffer(), ParallelAdapter(), Compacter() or AdapterFusion() first."
         )
-    return found
+    return layers
 
 
-def _like(*modules: nn.Module) -> Tensor:
-    return next((p for m in modules for p in m.parameters()), torch.empty(()))
+def _any_tensor(*modules: nn.Module) -> Tensor:
+    """The first parameter of these modules, for dtype and device; torch's defaults for modules without any."""
+    for module in modules:
+        for parameter in module.parameters():
+            return parameter
+    return torch.empty(())

@@ -32,12 +32,17 @@ class Layout:
     """One kind of layer: the places of its roles, and what tells it from others."""
 
     models: str
-    attention: Place | None  # (output: its output is h, source: its input is x ("" for the layer itself), norm)
+    #: (output: its output is h, source: its input is x ("" for the layer itself), norm), as paths in the layer
+    attention: Place | None
     mlp: Place | None
-    post: bool = False  # norm takes h + x
-    needs: str = ""  # a further module the layer has
-    kind: str = ""  # expression over the names of the layer's class and its bases, where names do not tell
-    flag: tuple[str, Any] | None = None  # an attribute of the layer that decides, and its value; None if it has none
+    #: whether norm takes h + x
+    post: bool = False
+    #: a further module the layer has
+    needs: str = ""
+    #: expression over the names of the layer's class and its bases, where names of modules do not tell
+    kind: str = ""
+    #: an attribute of the layer that decides, and its value; None where the layer has no such attribute
+    flag: tuple[str, Any] | None = None
 
     def places(self) -> list[Place]:
         """The places of all roles that the layer has."""
@@ -45,14 +50,22 @@ class Layout:
 
     def fits(self, name: str, layer: nn.Module, names: Mapping[str, nn.Module]) -> bool:
         """Whether the module called ``name`` is such a layer."""
-        paths = [path for place in self.places() for path in place] + ([self.needs] if self.needs else [])
-        if not all(_join(name, path) in names for path in paths):
+        if self.needs and _join(name, self.needs) not in names:
             return False
-        if self.kind and not any(re.match(self.kind, c.__name__) for c in type(layer).__mro__):
+        for place in self.places():
+            if not all(_join(name, path) in names for path in place):
+                return False
+            # The same names occur in convolutional blocks, whose features are not in the last dimension.
+            _, _, norm = place
+            if isinstance(names[_join(name, norm)], _OVER_CHANNELS):
+                return False
+        # A class that derives from such a layer is one as well.
+        if self.kind and not any(re.match(self.kind, base.__name__) for base in type(layer).__mro__):
             return False
-        if any(isinstance(names[_join(name, place[2])], _OVER_CHANNELS) for place in self.places()):
-            return False
-        return self.flag is None or getattr(layer, self.flag[0], None) == self.flag[1]
+        if self.flag is None:
+            return True
+        attribute, value = self.flag
+        return getattr(layer, attribute, None) == value
 
 
 #: for each role the first layout that fits a layer and has a place for it holds; special ones stand before general
@@ -258,18 +271,22 @@ def find_sites(modules: Mapping[str, nn.Module]) -> list[Site]:
     """
     sites = []
     for name, layer in modules.items():
-        layouts = [row for row in LAYOUTS if row.fits(name, layer, modules)]
+        layouts = [layout for layout in LAYOUTS if layout.fits(name, layer, modules)]
         for role in ROLES:
-            layout = next((row for row in layouts if getattr(row, role) is not None), None)
-            if layout is not None:
-                place = getattr(layout, role)
-                sites.append(Site(role, *(_join(name, p) for p in place), post=layout.post))
+            for layout in layouts:
+                place: Place | None = getattr(layout, role)
+                if place is None:
+                    continue
+                output, source, norm = place
+                site = Site(role, _join(name, output), _join(name, source), _join(name, norm), layout.post)
+                sites.append(site)
+                break
     return sites
 
 
 def unknown(method: str, model: nn.Module) -> NoMatchError:
     """The error for a model without a row."""
-    known = "; ".join(dict.fromkeys(row.models for row in LAYOUTS))
+    known = "; ".join(dict.fromkeys(layout.models for layout in LAYOUTS))  # some have several layouts
     return NoMatchError(
         f"{method} finds no attention or feed-forward sub-layers in {type(model).__name__}. It knows the layers of"
         f" {known}. For other networks name modules: {method}(target_modules=[...]) puts an adapter behind each."
@@ -277,4 +294,5 @@ def unknown(method: str, model: nn.Module) -> NoMatchError:
 
 
 def _join(name: str, path: str) -> str:
+    """The full name of a module at ``path`` in the layer called ``name``; the root is called ``""``."""
     return f"{name}.{path}" if name and path else name or path

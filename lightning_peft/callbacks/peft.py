@@ -27,6 +27,7 @@ from lightning_peft.trainer.checks import (
 )
 from lightning_peft.trainer.driving import add_loss_terms, change_gradients, step_taken
 from lightning_peft.trainer.idle_layers import IdleLayers
+from lightning_peft.trainer.rate_check import warn_of_rate
 from lightning_peft.trainer.session import Session
 from lightning_peft.trainer.strategies import (
     check_methods,
@@ -155,7 +156,7 @@ class PEFT(Callback):
         trainer.fit_loop._combined_loader = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find frozen statistics and adapters that may be idle; read the length of the run."""
+        """Find frozen statistics and idle adapters; read the length of the run, and say if its rate is far off."""
         Session.on(pl_module).check_base()
         adapters = Adapters.of(pl_module)
         self._frozen = adapters.frozen_statistics()
@@ -163,6 +164,7 @@ class PEFT(Callback):
         self._steps_done = trainer.global_step
         total = trainer.estimated_stepping_batches
         self._total_steps = int(total) if total != float("inf") else None
+        warn_of_rate(trainer, pl_module, self._total_steps)
 
     # ---- every step ------------------------------------------------------------------------------------------------
     def on_train_batch_start(

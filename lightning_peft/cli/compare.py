@@ -28,9 +28,10 @@ from lightning_peft.method import Method
 
 _ABOUT = """Train methods on one task under one budget and set them side by side.
 
-Each method is measured (parameters, file, memory, step time), then trained with --rates learning rates from its own
-range and the first seed. The rate with the best validation metric is trained with the other seeds, and only its runs
-are tested, each once. Finished runs are kept in OUT/results: the same command goes on after an interruption."""
+Each method is measured (parameters, file, memory, step time), then trained with the first seed and --rates learning
+rates around its default, and further ones while the best is the lowest or highest. The rate with the best validation
+metric is trained with the other seeds, and only its runs are tested, each once. Finished runs are kept in OUT/results:
+the same command goes on after an interruption."""
 _MORE = """
 Everything else is as in fit: --config FILE (several), --data.max_train_samples 600, --data.max_length 64,
 --model.base_mode eval, --trainer.accumulate_grad_batches 2, --seed_everything 1 (the first seed). The config's

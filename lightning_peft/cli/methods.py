@@ -10,9 +10,16 @@ import textwrap
 
 import lightning_peft.methods  # noqa: F401  (defines the classes)
 from lightning_peft.method import Method, registry
+from lightning_peft.rates import REFERENCE_STEPS, REFERENCE_WIDTH, short_rate
 
 #: fields that every method shares, listed once below the table
 _SHARED = ("target_modules", "exclude_modules", "modules_to_save", "layers", "init_seed")
+
+_RULE = (
+    f"Default learning rate: the one above, with w = √({REFERENCE_WIDTH} / width of the model), times"
+    f" ({REFERENCE_STEPS} / steps)^¼, and what the method's settings do to it (LoRA: √(32 / alpha), a tenth with"
+    " init=pissa). A fit prints the product; in Python: suggest_lr(model, method, steps)."
+)
 
 
 def show() -> None:
@@ -27,14 +34,14 @@ def show() -> None:
 def _print() -> None:
     """A line of facts a method, its parameters with their defaults below."""
     width = max(60, shutil.get_terminal_size().columns)
-    print(f"{'method':<18} {'learning rate':<18} merges  paper")
+    print(f"{'method':<18} {'learning rate':<14} merges  paper")
     for name, kind in registry().items():
-        low, high = kind.lr_range
-        rate = f"{_rate(kind.default_lr)} ({_rate(low)}…{_rate(high)})"
+        rate = short_rate(kind.reference_lr) + (" × w" if kind.lr_follows_width else "")
         merges = "yes" if kind.mergeable else "no"
-        print(f"{name:<18} {rate:<18} {merges:<6}  {_citation(kind.paper, width - 46)}")
+        print(f"{name:<18} {rate:<14} {merges:<6}  {_citation(kind.paper, width - 42)}")
         print(textwrap.fill(_fields(kind), width - 1, initial_indent="    ", subsequent_indent="    "))
     print("\n" + textwrap.fill("Where they apply, also: " + ", ".join(_SHARED) + ".", width - 1))
+    print(textwrap.fill(_RULE, width - 1))
     print("Use:     lightning-peft fit --config … --peft METHOD --peft.FIELD VALUE")
     print("Details: lightning-peft fit --peft.help METHOD")
 
@@ -52,12 +59,6 @@ def _default(field: dataclasses.Field) -> str:
     if field.default is not dataclasses.MISSING:
         return f"{field.default}"
     return "required" if field.default_factory is dataclasses.MISSING else f"{field.default_factory()}"
-
-
-def _rate(value: float) -> str:
-    """0.0002 as 2e-4."""
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def _citation(paper: str, width: int) -> str:

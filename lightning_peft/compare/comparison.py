@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_peft.compare import training
 from lightning_peft.compare.cost import Step, kept_bytes, peak_bytes, time_beside
-from lightning_peft.compare.plan import Candidate, best, rate_grid, short
+from lightning_peft.compare.plan import MOST_FURTHER, Candidate, best, next_rate, quality, rate_grid
 from lightning_peft.compare.progress import Progress
 from lightning_peft.compare.results import Results
 from lightning_peft.compare.task import ComparedTask
@@ -20,6 +20,7 @@ from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.model.injection import inject
 from lightning_peft.model.summary import summarize
+from lightning_peft.rates import short_rate, suggest_lr
 from lightning_peft.saving.checkpoint import save_adapter
 
 
@@ -47,7 +48,8 @@ class Comparison:
         candidates: the methods.
         seeds: the rates are tried with the first; the chosen one is trained and tested with all.
         steps: optimizer steps of every run.
-        rates: how many learning rates to try a method, from its own range; or the rates.
+        rates: how many learning rates to try a method, around `suggest_lr`, and further ones while the best is an
+            edge; or the rates.
         validations: how often a run validates.
         metric: decides between rates, and goes into the table.
         results: where finished runs are kept.
@@ -72,18 +74,21 @@ class Comparison:
         self.left_out: dict[str, str] = {}
         self._task_key = task.key()
         self.outcomes: list[Outcome] = []
+        self._centres: dict[str, float] = {}  # by label, where the search begins
 
     @property
     def tried(self) -> str:
         """How many rates, or which."""
-        return ", ".join(map(short, self.rates)) if isinstance(self.rates, list) else f"up to {self.rates}"
+        if isinstance(self.rates, list):
+            return ", ".join(map(short_rate, self.rates))
+        return f"{self.rates} around the default{', and of more where it was an edge,' if self.rates > 1 else ''}"
 
     def run(self) -> list[Outcome]:
         """Do what is not done yet. Outcomes are in ``outcomes`` as far as they got, should this be interrupted."""
         fitting = [c for c in self.candidates if self._fits(c)]
         if not fitting:
             raise ConfigError(f"No method is left to compare: {'; '.join(self.left_out.values())}.")
-        plan = [(c, rate_grid(c.method, self.rates)) for c in fitting]
+        plan = [(c, rate_grid(self._centres[c.label], self.rates)) for c in fitting]
         total = sum(1 + len(grid) + len(self.seeds) - 1 for _, grid in plan)
         with self.progress.over(total, self.steps):
             for candidate, grid in plan:
@@ -94,11 +99,13 @@ class Comparison:
     def _fits(self, candidate: Candidate) -> bool:
         """Whether the method can be put into the model; else the reason is noted."""
         try:
-            inject(self.task.module(candidate.method, None, self.seeds[0]), candidate.method)
+            module = self.task.module(candidate.method, None, self.seeds[0])
+            inject(module, candidate.method)
         except PEFTError as error:
             self.left_out[candidate.label] = _one_line(error)
             self.progress.say(f"{candidate.label} is left out: {_one_line(error)}")
             return False
+        self._centres[candidate.label] = suggest_lr(module, candidate.method, self.steps).lr
         return True
 
     def _compare(self, outcome: Outcome, grid: list[float]) -> None:
@@ -107,7 +114,9 @@ class Comparison:
         alone = len(grid) == 1
         runs = [self._train(outcome, rate, first, test=alone) for rate in grid]
         outcome.trials = [r for r in runs if r is not None]
-        usable = [r for r in outcome.trials if self.metric in r["val"] and math.isfinite(r["val"][self.metric])]
+        if not isinstance(self.rates, list):
+            self._widen(outcome)
+        usable = self._usable(outcome)
         if outcome.trials and not usable:
             known = ", ".join(outcome.trials[0]["val"])
             outcome.errors.append(f"no finite validation {self.metric} (there is: {known})")
@@ -118,8 +127,28 @@ class Comparison:
         chosen = [self._tested(outcome, rate, first)]
         chosen += [self._train(outcome, rate, seed, test=True) for seed in self.seeds[1:]]
         outcome.tested = [r for r in chosen if r is not None]
-        for path in [self.results.path(self._key(candidate, r, first), ".safetensors") for r in grid]:
-            path.unlink(missing_ok=True)
+        for trial in outcome.trials:
+            self.results.path(self._key(candidate, trial["rate"], first), ".safetensors").unlink(missing_ok=True)
+
+    def _usable(self, outcome: Outcome) -> list[dict[str, Any]]:
+        """The trials whose metric is a number."""
+        return [r for r in outcome.trials if self.metric in r["val"] and math.isfinite(r["val"][self.metric])]
+
+    def _widen(self, outcome: Outcome) -> None:
+        """Try further rates while the best one is the lowest or the highest tried."""
+        for _ in range(MOST_FURTHER):
+            usable = self._usable(outcome)
+            # a rate that diverged is as bad as can be, and no edge any more
+            tried = {r["rate"]: (-math.inf, -math.inf) for r in outcome.trials}
+            tried |= {r["rate"]: quality(r, self.metric) for r in usable}
+            rate = next_rate(tried) if usable else None
+            if rate is None:
+                return
+            self.progress.expect(1)
+            record = self._train(outcome, rate, self.seeds[0], test=False)
+            if record is None:
+                return
+            outcome.trials.append(record)
 
     def _key(self, candidate: Candidate, rate: float, seed: int) -> dict[str, Any]:
         method = {"name": type(candidate.method).__name__, **candidate.method.config()}
@@ -137,7 +166,7 @@ class Comparison:
             record = training.train(self.task, outcome.candidate, rate, seed, self.steps, self.validations, **options)
             return {"rate": rate, "seed": seed, **record}
 
-        title = f"{outcome.label} lr {short(rate)} seed {seed}"
+        title = f"{outcome.label} lr {short_rate(rate)} seed {seed}"
         return self._do(outcome, key, title, run, needed="test" if test else "val")
 
     def _tested(self, outcome: Outcome, rate: float, seed: int) -> dict[str, Any] | None:
@@ -153,7 +182,9 @@ class Comparison:
             return None
         self.results.put(key, record)
         value = record["test"].get(self.metric, math.nan)
-        self.progress.say(f"{outcome.label} lr {short(rate)} is the best on validation: test {self.metric} {value:.4f}")
+        self.progress.say(
+            f"{outcome.label} lr {short_rate(rate)} is the best on validation: test {self.metric} {value:.4f}"
+        )
         return record
 
     def _do(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import lightning_peft.methods  # noqa: F401  (defines the classes)
@@ -18,6 +16,11 @@ from lightning_peft.method import Method, registry
 
 #: metrics of which less is better; of any other, more
 LOWER_IS_BETTER = ("loss", "mae", "perplexity", "error")
+
+#: ratio of neighbouring rates
+STEP = 3.0
+#: most rates that are tried beyond the planned ones
+MOST_FURTHER = 4
 
 
 @dataclass(frozen=True)
@@ -105,29 +108,40 @@ def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def rate_grid(method: Method, count: int | list[float]) -> list[float]:
-    """Learning rates to try: those given, or as many from the method's own range.
+def rate_grid(centre: float, count: int | list[float]) -> list[float]:
+    """Learning rates to try: those given, or as many around a centre.
 
-    Of the range: the default; then the upper and the lower end; then the middle (in logarithms) of the widest gap,
-    again and again. So a larger grid holds the smaller ones, and more rates can be tried later without repeating any.
+    Of the latter: the centre, then three times it, a third of it, and so on outwards. So a larger grid holds the
+    smaller ones, and more rates can be tried later without repeating any.
 
-    >>> from lightning_peft import LoRA
-    >>> rate_grid(LoRA(), 1), rate_grid(LoRA(), 4)
-    ([0.0002], [5e-05, 0.0002, 0.00063, 0.002])
+    >>> rate_grid(2e-3, 1), rate_grid(2e-3, 4)
+    ([0.002], [0.00067, 0.002, 0.006, 0.018])
     """
     if isinstance(count, list):
         return count
-    low, high = method.lr_range
-    rates = list(dict.fromkeys([method.default_lr, high, low]))[:count]
-    while len(rates) < count:
-        rates.sort()
-        gaps = [math.log(b / a) for a, b in pairwise(rates)]
-        widest = gaps.index(max(gaps))
-        middle = float(f"{math.sqrt(rates[widest] * rates[widest + 1]):.1e}")
-        if middle in rates:
-            break  # the range holds no more rates of two digits
-        rates.append(middle)
-    return sorted(rates)
+    powers = [(-1) ** (i + 1) * ((i + 1) // 2) for i in range(count)]  # 0, 1, -1, 2, -2, …
+    return sorted(_rounded(centre * STEP**power) for power in powers)
+
+
+def next_rate(tried: Mapping[float, Any]) -> float | None:
+    """The rate to try next while the best one is an edge: beyond it; None once it has a worse one on both sides.
+
+    Args:
+        tried: rate -> how good it is, the greatest value being the best.
+
+    >>> next_rate({1e-3: 0.8, 3e-3: 0.9}), next_rate({1e-3: 0.8, 3e-3: 0.9, 9e-3: 0.7})
+    (0.009, None)
+    """
+    rates = sorted(tried)
+    chosen = max(rates, key=lambda rate: tried[rate])
+    if len(rates) < 2 or rates[0] < chosen < rates[-1]:
+        return None
+    return _rounded(chosen * STEP if chosen == rates[-1] else chosen / STEP)
+
+
+def _rounded(rate: float) -> float:
+    """To two digits."""
+    return float(f"{rate:.1e}")
 
 
 def read_rates(words: Sequence[str]) -> int | list[float]:
@@ -146,16 +160,6 @@ def read_rates(words: Sequence[str]) -> int | list[float]:
         text = " ".join(words)
         raise ConfigError(f"--rates {text}: give how many to try (3), or the rates, each below 1 (1e-3 3e-3).")
     return rates
-
-
-def short(rate: float) -> str:
-    """A rate as people write it.
-
-    >>> short(0.0002), short(0.00063)
-    ('2e-4', '6.3e-4')
-    """
-    mantissa, exponent = f"{rate:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def read_budget(text: str) -> tuple[int, str]:
@@ -179,7 +183,12 @@ def lower_is_better(metric: str) -> bool:
     return any(word in metric.lower() for word in LOWER_IS_BETTER)
 
 
+def quality(record: Mapping[str, Any], metric: str) -> tuple[float, float]:
+    """How good a run is on the validation data, greater being better: by a metric, then by the loss."""
+    value = record["val"][metric]
+    return (-value if lower_is_better(metric) else value, -record["val"].get("loss", 0.0))
+
+
 def best(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any]:
     """The run with the best value of a metric on the validation data; the lower loss decides between equal ones."""
-    sign = 1 if lower_is_better(metric) else -1
-    return min(records, key=lambda r: (sign * r["val"][metric], r["val"].get("loss", 0.0)))
+    return max(records, key=lambda record: quality(record, metric))

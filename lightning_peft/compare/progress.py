@@ -68,6 +68,10 @@ class Progress:
         text = f"[{self._finished}/{self._total}] {title}: {_outcome(record, metric)}"
         self.say(f"{text} ({_time(seconds)}{self._left(', ')})")
 
+    def expect(self, count: int) -> None:
+        """More runs than were planned."""
+        self._total += count
+
     def skip(self, count: int) -> None:
         """Runs that will not happen."""
         self._finished += count

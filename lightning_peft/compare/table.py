@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.compare.comparison import Outcome
-from lightning_peft.compare.plan import lower_is_better, short
+from lightning_peft.compare.plan import lower_is_better
 from lightning_peft.files import replacing
+from lightning_peft.rates import short_rate
 
 COLUMNS = (
     *("method", "lr", "metric", "mean", "std", "seeds", "val_mean", "trainable", "percent", "file_bytes"),
@@ -72,7 +73,7 @@ def _once(outcome: Outcome) -> list[str]:
 
 def _cells(row: Mapping[str, Any], wide: bool) -> list[str]:
     cells = [row["method"]]
-    cells += [short(row["lr"]) if row["lr"] else "–"] if wide else []
+    cells += [short_rate(row["lr"]) if row["lr"] else "–"] if wide else []
     cells += [_number(row["val_mean"], ".3f")] if wide else []
     spread = f" ± {row['std']:.3f}" if row["std"] is not None else ""
     nothing = "failed" if row["error"] else "unfinished"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import lightning_peft
 from lightning_peft.callbacks import PEFT
 from lightning_peft.callbacks.log_adapter import record as counts
-from lightning_peft.compare.plan import Candidate, short
+from lightning_peft.compare.plan import Candidate
 from lightning_peft.compare.task import ComparedTask
 from lightning_peft.lightning_packages import Callback
+from lightning_peft.rates import short_rate
 from lightning_peft.saving.checkpoint import save_adapter
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def train(
         Plain values: ``val`` and ``test`` metrics by name, ``curve``, ``losses``, ``seconds``, ``notes``.
     """
     start = time.perf_counter()
-    name = f"{candidate.label} lr={short(rate)} seed={seed}"
+    name = f"{candidate.label} lr={short_rate(rate)} seed={seed}"
     settings = {"method": candidate.label, "lr": rate, "seed": seed, "steps": steps}
     curve, method = Curve(tick), candidate.seeded(seed)
     with warnings.catch_warnings(record=True) as caught, task.loggers(name, "train", settings) as loggers:
@@ -100,7 +101,7 @@ def train(
 
 def test(task: ComparedTask, candidate: Candidate, rate: float, seed: int, adapter: Path) -> dict[str, float]:
     """Test metrics of an adapter that `train` kept."""
-    name, method = f"{candidate.label} lr={short(rate)} seed={seed} test", candidate.seeded(seed)
+    name, method = f"{candidate.label} lr={short_rate(rate)} seed={seed} test", candidate.seeded(seed)
     settings = {"method": candidate.label, "lr": rate, "seed": seed}
     with warnings.catch_warnings(record=True), task.loggers(name, "test", settings) as loggers:
         module = task.module(method, rate, seed)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.adapted import Adapted, AdapterState, Delta, base_tensor, is_given_weights
 from lightning_peft.errors import PEFTError
-from lightning_peft.lowrank.fast import fast_output
+from lightning_peft.lowrank import fast
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class LowRankState(AdapterState):
-    """``fast`` says whether output and correction may be computed in one step (see `fast`)."""
+    """``fast`` says whether the layer may take one of the faster ways (see the module `fast`)."""
 
     def __init__(self, fast: bool = False) -> None:
         super().__init__()
@@ -59,8 +60,9 @@ class LowRankLinear(LowRankLayer):
         """The input, (…, in), under the name that the base gives it -> (…, out)."""
         state = self._adapter
         input = args[0] if args else next(iter(kwargs.values()))
-        if state.fast:
-            output = fast_output(self, input)
+        if state.fast and not torch.compiler.is_compiling():
+            is_small = input.numel() <= fast.SMALL
+            output = fast.small_output(self, input) if is_small else fast.fast_output(self, input)
             if output is not None:
                 return output
         if state.windows and is_given_weights(self):

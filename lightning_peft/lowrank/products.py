@@ -1,16 +1,25 @@
-"""A frozen linear layer and its low-rank correction as one step of autograd: in place, few products, little kept.
+"""A frozen linear layer and its low-rank correction, as one function of autograd.
 
-With frozen W and b, and ``low = s·A·xᵀ``::
+The weight W is (out, in), the factors A (r, in) and B (out, r), and s is the scaling. With x as (rows, in), the layer
+computes::
 
-    y  = lowᵀ·Bᵀ + b + x·Wᵀ            the correction is written first and the large product added to it
-    dB = (low·dy)ᵀ
-    dlow = s·Bᵀ·dyᵀ
-    dA = dlow·x                         x itself need not be kept where it can be rebuilt (see `inputs`)
-    dx = dlowᵀ·A + dy·W                 again both in one tensor
+    low = s·A·xᵀ                   (r, rows)
+    y   = lowᵀ·Bᵀ + b + x·Wᵀ       (rows, out)
 
-Adding the large product to the small one costs one pass over the output less than the reverse. ``low`` lies as
-(r, rows), which BLAS multiplies several times faster than (rows, r); on the CPU, but for bfloat16, as
-(batch, r, length), which is half as fast again.
+and for the gradient dy of its output::
+
+    dB   = (low·dy)ᵀ
+    dlow = s·Bᵀ·dyᵀ                (r, rows)
+    dA   = dlow·x
+    dx   = dlowᵀ·A + dy·W
+
+Three things make this cheaper than the plain formula:
+
+* x is needed for dA alone, and is not kept where it can be computed again from tensors that autograd keeps for other
+  reasons (see `inputs`).
+* The small product is written first, and the large one is added to it in place. That is one pass less over a tensor of
+  the output's size.
+* ``low`` is stored in the layout that BLAS multiplies fastest (see `layouts`).
 """
 
 from __future__ import annotations
@@ -21,10 +30,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_peft.lowrank.inputs import Source, source, summed
+from lightning_peft.lowrank.inputs import InputParts, parts_of
+from lightning_peft.lowrank.layouts import (
+    for_each_batch,
+    in_dtype,
+    leading_shape,
+    product,
+    product_over_rows,
+    scaled_product,
+    transposed,
+    with_leading_shape,
+)
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
-_NOTHING = Source(())
+#: for layers whose A does not train, which never need their input
+_NO_PARTS = InputParts(())
 
 
 class CorrectedLinear(Function):
@@ -34,7 +54,7 @@ class CorrectedLinear(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        origin: Source,
+        parts: InputParts,
         weight: Tensor,
         bias: Tensor | None,
         scaling: float,
@@ -44,137 +64,107 @@ class CorrectedLinear(Function):
         """The output (…, out).
 
         Args:
-            ctx: autograd's.
+            ctx: what autograd passes on to `backward`.
             x: (…, in).
-            origin: what x is made of; empty if A does not train.
-            weight, bias, scaling, A, B: of the formula.
+            parts: the tensors that x can be computed from; none if A does not train.
+            weight, bias, scaling, A, B: W, b, s, A and B of the formula.
         """
-        low = _low(x, A, scaling)
-        ctx.save_for_backward(low, weight, A, B, *[tensor for kind in origin for tensor in kind])
-        ctx.scaling, ctx.input_shape, ctx.origin_sizes = scaling, x.shape, origin.sizes
+        low = _low_rank_input(x, A, scaling)
+        ctx.save_for_backward(low, weight, A, B, *parts.tensors())
+        ctx.scaling, ctx.input_shape, ctx.part_counts = scaling, x.shape, parts.counts()
         return _output(x, low, weight, bias, B)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         """Gradients of x, A and B."""
-        device = grad_output.device.type
-        if not torch.is_autocast_enabled(device):
-            return _gradients(ctx, grad_output)
-        # a backward pass inside autocast (manual optimization): the forward was outside it, and its dtypes hold
-        with torch.autocast(device, enabled=False):
-            return _gradients(ctx, grad_output)
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        device_type = grad_output.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return gradients(ctx, grad_output)
+        # Manual optimization may call backward inside autocast. The forward ran outside it, and its dtypes count.
+        with torch.autocast(device_type, enabled=False):
+            return gradients(ctx, grad_output)
 
 
 def corrected_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: float, A: Tensor, B: Tensor) -> Tensor:
-    """The output of a linear layer with a correction; shapes as in `CorrectedLinear.forward`."""
+    """The output of a linear layer with its correction; the arguments are those of `CorrectedLinear.forward`."""
     if not torch.is_grad_enabled():
-        return _output(x, _low(x, A, scaling), weight, bias, B)
-    origin = source(x) if A.requires_grad else _NOTHING
-    return CorrectedLinear.apply(x, origin, weight, bias, scaling, A, B)
+        return _output(x, _low_rank_input(x, A, scaling), weight, bias, B)
+    parts = parts_of(x) if A.requires_grad else _NO_PARTS
+    return CorrectedLinear.apply(x, parts, weight, bias, scaling, A, B)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> Any:
-    low, weight, A, B, *kept = ctx.saved_tensors
-    origin = Source.of(kept, ctx.origin_sizes)
-    needs_x, needs_A, needs_B = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
-    x = None
-    if torch.is_grad_enabled() and (needs_A or needs_B):
-        # these gradients will be differentiated again, so they must be computed from tensors that have a history
-        x = _input_with_history(origin, weight.dtype)
-        low = _low(x, A, ctx.scaling)
-    lead = (*low.shape[:-2], low.shape[-1])
-    dy = _shaped(dy, lead)
-    dx = dA = dB = None
-    if needs_B:
-        dB = summed(_times(low, dy)).t()
-    if needs_x or needs_A:
-        dlow = _scaled(_times(_transposed(B, dy), dy.mT), ctx.scaling)
-        if needs_A:
-            dA = origin.gradient(dlow) if x is None else summed(_times(dlow, _shaped(x, lead)))
-        if needs_x:
-            dx = _input_gradient(dy, weight, dlow, A).view(ctx.input_shape)
-    return dx, None, None, None, None, dA, dB
-
-
-def _input_with_history(origin: Source, dtype: torch.dtype) -> Tensor:
-    if not origin.full:
-        raise RuntimeError(
-            "With A frozen (LoRA-FA) a layer keeps A·x and not x, so its gradients cannot be differentiated again"
-            " (create_graph=True); those of LoRA can."
-        )
-    return origin.whole(dtype)
-
-
-def _low(x: Tensor, A: Tensor, scaling: float) -> Tensor:
-    """``s·A·xᵀ``, (batch, r, length) or (r, rows)."""
-    A = _as(A, x.dtype)
-    x = _shaped(x, _lead(x, len(A)))
-    return _scaled(_times(_for_each(A, x), x.mT), scaling)
-
-
-def _lead(x: Tensor, r: int) -> tuple[int, ...]:
-    """(batch, length) or (rows,): batches long enough that the gradient of B in each is small against that of y."""
-    rows = x.numel() // x.shape[-1]
-    if x.dtype is torch.bfloat16 or not x.is_cpu:
-        return (rows,)
-    least = max(4 * r, 32)
-    if x.ndim == 3 and len(x) > 1 and x.shape[1] >= least:
-        return x.shape[0], x.shape[1]
-    for batch in (8, 4, 2):
-        if rows % batch == 0 and rows >= batch * least:
-            return batch, rows // batch
-    return (rows,)
+# ---- forward -------------------------------------------------------------------------------------------------------
+def _low_rank_input(x: Tensor, A: Tensor, scaling: float) -> Tensor:
+    """``low``: (batch, r, length) or (r, rows)."""
+    A = in_dtype(A, x.dtype)
+    x = with_leading_shape(x, leading_shape(x, len(A)))
+    return scaled_product(for_each_batch(A, x), x.mT, scaling)
 
 
 def _output(x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor) -> Tensor:
-    """``lowᵀ·Bᵀ + b + x·Wᵀ`` in the shape of the layer's output."""
+    """``lowᵀ·Bᵀ + b + x·Wᵀ`` in the shape of the layer's output, (…, out)."""
     low = low.mT
-    B = _transposed(B, low)
+    B = transposed(B, low)
     if bias is None:
-        y = _times(low, B)
+        y = product(low, B)
     elif low.ndim == 2:
         y = torch.addmm(bias, low, B)
     else:
         y = torch.baddbmm(bias, low, B)
-    rows = y if y.ndim == 2 else y.view(-1, y.shape[2])
-    rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    y_rows = y if y.ndim == 2 else y.view(-1, y.shape[2])
+    y_rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     if y.shape[:-1] == x.shape[:-1]:
         return y
-    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # a plain view could not be written into by its user
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # its user could not write into a plain view
 
 
-def _input_gradient(dy: Tensor, weight: Tensor, dlow: Tensor, A: Tensor) -> Tensor:
-    """``dlowᵀ·A + dy·W``, (rows, in); in place unless it will be differentiated again."""
-    dx = _times(dlow.mT, _for_each(_as(A, dlow.dtype), dlow))
-    if dx.ndim == 3:
-        dx, dy = dx.view(-1, dx.shape[2]), dy.reshape(-1, dy.shape[2])
-    return torch.addmm(dx, dy, weight) if torch.is_grad_enabled() else dx.addmm_(dy, weight)
+# ---- backward ------------------------------------------------------------------------------------------------------
+def _gradients(ctx: Any, dy: Tensor) -> Any:
+    """The gradients, computed in place where possible."""
+    low, weight, A, B, *kept = ctx.saved_tensors
+    needs_x, _, _, _, _, needs_A, needs_B = ctx.needs_input_grad
+    dy = with_leading_shape(dy, (*low.shape[:-2], low.shape[-1]))
+    dx = dA = dB = None
+    if needs_B:
+        dB = product_over_rows(low, dy).t()
+    if needs_x or needs_A:
+        dlow = scaled_product(transposed(B, dy), dy.mT, ctx.scaling)
+        if needs_A:
+            dA = InputParts.of(kept, ctx.part_counts).gradient_of_A(dlow)
+        if needs_x:
+            dx = _input_gradient(dy, weight, dlow, A, ctx.input_shape)
+    return dx, None, None, None, None, dA, dB
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)  # `matmul` is several calls into torch
+def _input_gradient(dy: Tensor, weight: Tensor, dlow: Tensor, A: Tensor, shape: torch.Size) -> Tensor:
+    """``dlowᵀ·A + dy·W`` in the shape of the layer's input, (…, in)."""
+    dx = product(dlow.mT, for_each_batch(in_dtype(A, dlow.dtype), dlow))
+    if dx.ndim == 2:
+        dx.addmm_(dy, weight)
+    else:
+        dx.view(-1, dx.shape[2]).addmm_(dy.reshape(-1, dy.shape[2]), weight)
+    return dx if dx.shape == shape else dx.view(shape)
 
 
-def _scaled(tensor: Tensor, scaling: float) -> Tensor:
-    """In place unless this is to be differentiated again."""
-    return tensor * scaling if torch.is_grad_enabled() else tensor.mul_(scaling)
-
-
-def _shaped(x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """(…, n) -> (batch, length, n) or (rows, n)."""
-    return x if x.shape[:-1] == lead else x.reshape(*lead, x.shape[-1])
-
-
-def _for_each(matrix: Tensor, like: Tensor) -> Tensor:
-    """The matrix once for each batch."""
-    return matrix if like.ndim == 2 else matrix.expand(len(like), -1, -1)
-
-
-def _transposed(B: Tensor, like: Tensor) -> Tensor:
-    """(out, r) -> (batch, r, out) or (r, out)."""
-    B = _as(B, like.dtype)
-    return B.t() if like.ndim == 2 else B.as_strided((len(like), *B.shape[::-1]), (0, *B.stride()[::-1]))
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # `to` is a call into torch even for nothing
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> Any:
+    """The gradients with a history of their own, which ``create_graph=True`` asks for. Nothing is written in place."""
+    _, weight, A, B, *kept = ctx.saved_tensors
+    needs_x, _, _, _, _, needs_A, needs_B = ctx.needs_input_grad
+    A, B = in_dtype(A, weight.dtype), in_dtype(B, weight.dtype)
+    dy = dy.reshape(-1, dy.shape[-1])
+    dlow = dy @ B * ctx.scaling  # here (rows, r)
+    dx = dA = dB = None
+    if needs_x:
+        dx = (dlow @ A + dy @ weight).view(ctx.input_shape)
+    if needs_A or needs_B:
+        parts = InputParts.of(kept, ctx.part_counts)
+        if not parts.full:
+            raise RuntimeError(
+                "With A frozen (LoRA-FA) a layer keeps A·x and not x, so its gradients cannot be differentiated again"
+                " (create_graph=True); those of LoRA can."
+            )
+        x = parts.recompute(weight.dtype).reshape(-1, weight.shape[1])
+        dA = dlow.t() @ x if needs_A else None
+        dB = dy.t() @ (x @ A.t() * ctx.scaling) if needs_B else None
+    return dx, None, None, None, None, dA, dB

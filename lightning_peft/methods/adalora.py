@@ -13,6 +13,7 @@ from lightning_peft import lowrank
 from lightning_peft.errors import ConfigError, TrainingError
 from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.method import Method, check_number
+from lightning_peft.methods.lora import scaling_factor
 
 _TRAINED = ("lora_A", "lora_B", "lora_E")
 _START_STD = 0.02
@@ -25,13 +26,18 @@ class AdaLoRAFactors(LowRank):
         """Make the tensors."""
         super().build(place, r)
         self.lora_E = nn.Parameter(self.lora_A.new_zeros(*place.experts, r))
-        self.importance: dict[str, Tensor] = {}  # per tensor: smoothed sensitivity and uncertainty, for the allocation
+        #: by name of a tensor: how much each of its numbers matters, smoothed over the steps
+        self.importance: dict[str, Tensor] = {}
+        #: by name of a tensor: how much that changes from step to step, smoothed
         self.uncertainty: dict[str, Tensor] = {}
-        self.kept: Tensor | None = None  # the final choice
+        #: the triplets that stay for good, once they are chosen; shaped as ``lora_E``
+        self.kept: Tensor | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``diag(E)·A`` and B."""
-        gain = (self.lora_E * self.scaling).view(*self.lora_E.shape, *(1,) * (self.lora_A.ndim - self.lora_E.ndim))
+        # lora_E has one number for each row of A, whose further dimensions are those of an input feature.
+        num_further = self.lora_A.ndim - self.lora_E.ndim
+        gain = (self.lora_E * self.scaling).view(*self.lora_E.shape, *[1] * num_further)
         return self.lora_A * gain, self.lora_B
 
     @classmethod
@@ -39,14 +45,20 @@ class AdaLoRAFactors(LowRank):
         """As `factors`, from the tensors in a file, without the pruned triplets of a single matrix."""
         A, B = super().saved(tensors, scaling, stacked)
         gain = tensors["lora_E"]
-        A, keep = A * gain.unsqueeze(-1), gain != 0
-        return (A, B) if stacked or not keep.any() else (A[keep], B[:, keep])
+        A = A * gain.unsqueeze(-1)
+        keep = gain != 0
+        # Matrices in a stack keep different triplets, so their factors stay of one size; a rank of 0 is none.
+        if stacked or not keep.any():
+            return A, B
+        return A[keep], B[:, keep]
 
     def orthogonality(self) -> list[Tensor]:
         """``‖A·Aᵀ - I‖`` and ``‖Bᵀ·B - I‖``."""
         A, B = self.lora_A.flatten(self.stacked + 1), self.lora_B.flatten(self.stacked + 1)
-        one = torch.eye(self.rank, dtype=A.dtype, device=A.device)
-        return [torch.linalg.vector_norm(A @ A.mT - one), torch.linalg.vector_norm(B.mT @ B - one)]
+        identity = torch.eye(self.rank, dtype=A.dtype, device=A.device)
+        rows = torch.linalg.vector_norm(A @ A.mT - identity)
+        columns = torch.linalg.vector_norm(B.mT @ B - identity)
+        return [rows, columns]
 
     def observe(self, beta1: float, beta2: float) -> None:
         """Take in the sensitivity ``|parameter · gradient|`` of the step just taken."""
@@ -54,19 +66,27 @@ class AdaLoRAFactors(LowRank):
             parameter = self._parameters[name]
             if parameter.grad is None:
                 continue
-            now = (parameter.detach() * parameter.grad).abs().nan_to_num(0.0, 0.0, 0.0)  # a step the GradScaler skipped
-            mean = self.importance.get(name, torch.zeros_like(now)).to(now.device)
-            mean = beta1 * mean + (1 - beta1) * now
-            spread = self.uncertainty.get(name, torch.zeros_like(now)).to(now.device)
-            self.uncertainty[name] = beta2 * spread + (1 - beta2) * (now - mean).abs()
-            self.importance[name] = mean
+            # In a step that the GradScaler skipped, gradients are infinite or no numbers.
+            sensitivity = (parameter.detach() * parameter.grad).abs().nan_to_num(0.0, 0.0, 0.0)
+            zeros = torch.zeros_like(sensitivity)
+            # The device may be another one since a checkpoint was loaded.
+            importance = self.importance.get(name, zeros).to(sensitivity.device)
+            uncertainty = self.uncertainty.get(name, zeros).to(sensitivity.device)
+            importance = beta1 * importance + (1 - beta1) * sensitivity
+            deviation = (sensitivity - importance).abs()
+            self.uncertainty[name] = beta2 * uncertainty + (1 - beta2) * deviation
+            self.importance[name] = importance
 
     def scores(self) -> Tensor:
         """The importance of each triplet, shaped as ``lora_E``."""
-        score = {n: self.importance[n] * self.uncertainty[n] for n in self.importance}
-        rows = score["lora_A"].flatten(self.stacked + 1).mean(-1)
-        columns = score["lora_B"].flatten(self.stacked + 1).mean(-2)
-        return score["lora_E"] + rows + columns
+        # A triplet is worth its own number and the mean over its row of A and its column of B.
+        rows = self._score_of("lora_A").flatten(self.stacked + 1).mean(-1)
+        columns = self._score_of("lora_B").flatten(self.stacked + 1).mean(-2)
+        return self._score_of("lora_E") + rows + columns
+
+    def _score_of(self, name: str) -> Tensor:
+        """Importance times uncertainty of each number of one tensor."""
+        return self.importance[name] * self.uncertainty[name]
 
     def prune(self, keep: Tensor) -> None:
         """Set the other triplets to zero."""
@@ -110,9 +130,8 @@ class AdaLoRA(Method):
     """
 
     paper: ClassVar[str] = "AdaLoRA: Adaptive Budget Allocation for PEFT, Zhang et al. 2023, arXiv:2303.10512"
-    default_lr: ClassVar[float] = 1e-3
-    lr_range: ClassVar[tuple[float, float]] = (2e-4, 5e-3)
-    lr_source: ClassVar[str] = "the paper, arXiv:2303.10512, appendix D: 5e-4 to 2.2e-3 on GLUE"
+    reference_lr: ClassVar[float] = 8e-4
+    lr_source: ClassVar[str] = "twice LoRA's; the paper, arXiv:2303.10512, appendix D: 5e-4 to 2.2e-3 on GLUE"
     factors: ClassVar[type[LowRank]] = AdaLoRAFactors
     #: whether corrections of several files add up (see `combine`)
     additive: ClassVar[bool] = True
@@ -164,35 +183,48 @@ class AdaLoRA(Method):
         """The triplets of one matrix: A and B from N(0, 0.02²)."""
         delta = AdaLoRAFactors(place, self.init_r, self.scaling(name), self.dropout)
         if not delta.lora_A.is_meta:
+            # A layer with several matrices has a seed for each.
             generator = self.generator(name if place.name == "weight" else f"{name}.{place.name}")
-            options = {"generator": generator, "dtype": delta.lora_A.dtype}
-            A, B = (torch.randn(p.shape, **options) * _START_STD for p in (delta.lora_A, delta.lora_B))
-            delta.fill(A, B)
+            A = torch.randn(delta.lora_A.shape, generator=generator, dtype=delta.lora_A.dtype)
+            B = torch.randn(delta.lora_B.shape, generator=generator, dtype=delta.lora_A.dtype)
+            delta.fill(A * _START_STD, B * _START_STD)
         return delta
+
+    def lr_factors(self) -> dict[str, float]:
+        """Scaling times the initial rank, as for `LoRA`."""
+        return scaling_factor(self.alpha)
 
     # ---- training --------------------------------------------------------------------------------------------------
     def regularizer(self, model: nn.Module) -> Tensor | None:
         """``orth_reg_weight`` times the mean distance of A and B from orthogonal ones."""
         if not self.orth_reg_weight:
             return None
-        terms = [t for _, d in _deltas(model) for t in d.orthogonality()]
-        return self.orth_reg_weight * torch.stack([t.to(terms[0].device) for t in terms]).mean()
+        terms: list[Tensor] = []
+        for _, delta in _deltas(model):
+            terms += delta.orthogonality()
+        # Layers may stand on several devices.
+        distances = torch.stack([term.to(terms[0].device) for term in terms])
+        return self.orth_reg_weight * distances.mean()
 
     def after_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
         """Measure importance; prune to the budget of this step (steps count from 1, the paper's t from 0)."""
         if total_steps is None:
             return
-        now, last = step - 1, min(total_steps - self.tfinal, total_steps - 1)
-        if self.tinit >= total_steps - self.tfinal:
+        now = step - 1
+        end = total_steps - self.tfinal
+        last = min(end, total_steps - 1)
+        if self.tinit >= end:
             raise ConfigError(
                 f"AdaLoRA(tinit={self.tinit}, tfinal={self.tfinal}) leaves no step to prune in, the run has"
                 f" {total_steps}. Lower them, or train longer."
             )
-        deltas = [d for _, d in _deltas(model)]
-        if now < total_steps - self.tfinal:
+        deltas = [delta for _, delta in _deltas(model)]
+        if now < end:
             for delta in deltas:
                 delta.observe(self.beta1, self.beta2)
-        budget = self.budget(now, total_steps, sum(d.lora_E.numel() // self.init_r for d in deltas))
+        num_matrices = sum(delta.lora_E.numel() // self.init_r for delta in deltas)
+        budget = self.budget(now, total_steps, num_matrices)
+        # After the last allocation the optimizer goes on moving what was pruned, so it is set to zero again.
         if now > last:
             for delta in deltas:
                 if delta.kept is not None:
@@ -208,23 +240,27 @@ class AdaLoRA(Method):
             return first
         if now >= min(end, total_steps - 1):
             return last
-        left = 1 - (now - self.tinit) / (end - self.tinit)
-        return int((first - last) * left**3 + last)
+        time_left = 1 - (now - self.tinit) / (end - self.tinit)
+        return int((first - last) * time_left**3 + last)
 
     def _allocate(self, deltas: list[AdaLoRAFactors], budget: int, *, final: bool) -> None:
-        ready = [d for d in deltas if len(d.importance) == len(_TRAINED)]
-        scores = [d.scores() for d in ready]
+        """Keep the ``budget`` best triplets of all layers, and set the others to zero; ``final`` is for good."""
+        # A layer that no gradient has reached (a dropped one) has no importance yet, and keeps what it has.
+        measured = [delta for delta in deltas if len(delta.importance) == len(_TRAINED)]
+        scores = [delta.scores() for delta in measured]
         if not scores:
             raise TrainingError(
                 "AdaLoRA measures importance by the gradients of the step just taken, and there are none. In manual"
                 " optimization call zero_grad() before the backward pass, not after optimizer.step(); where adapters"
                 " rest in the first steps, set tinit."
             )
-        flat = torch.cat([s.flatten().to(scores[0].device) for s in scores])
-        excess = flat.numel() - budget
-        # the threshold stays a tensor: as a number it would make every allocation wait for the device
-        threshold = flat.kthvalue(excess).values if excess > 0 else flat.new_tensor(-1.0)
-        for delta, score in zip(ready, scores, strict=True):
+        every_score = torch.cat([score.flatten().to(scores[0].device) for score in scores])
+        excess = every_score.numel() - budget
+        # The threshold stays a tensor: as a number it would make every allocation wait for the device.
+        threshold = every_score.new_tensor(-1.0)
+        if excess > 0:
+            threshold = every_score.kthvalue(excess).values
+        for delta, score in zip(measured, scores, strict=True):
             keep = score > threshold.to(score.device)
             delta.prune(keep)
             if final:
@@ -232,22 +268,24 @@ class AdaLoRA(Method):
 
     def resume_state(self, model: nn.Module) -> dict[str, Any]:
         """Smoothed importance of every tensor, and the final choice once it is made."""
-        return {
-            name: {
-                "importance": {k: v.clone() for k, v in d.importance.items()},
-                "uncertainty": {k: v.clone() for k, v in d.uncertainty.items()},
-                "kept": d.kept,
-            }
-            for name, d in _deltas(model)
-        }
+        state = {}
+        for name, delta in _deltas(model):
+            importance = {key: value.clone() for key, value in delta.importance.items()}
+            uncertainty = {key: value.clone() for key, value in delta.uncertainty.items()}
+            state[name] = {"importance": importance, "uncertainty": uncertainty, "kept": delta.kept}
+        return state
 
     def load_resume_state(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Take them back."""
         for name, delta in _deltas(model):
             saved = state.get(name, {})
-            delta.importance, delta.uncertainty = dict(saved.get("importance", {})), dict(saved.get("uncertainty", {}))
+            delta.importance = dict(saved.get("importance", {}))
+            delta.uncertainty = dict(saved.get("uncertainty", {}))
             delta.kept = saved.get("kept")
 
 
 def _deltas(model: nn.Module) -> Iterator[tuple[str, AdaLoRAFactors]]:
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, AdaLoRAFactors))
+    """The triplets in a model, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaLoRAFactors):
+            yield name, module

@@ -99,9 +99,9 @@ class AdapterFusion(AdapterMethod):
         "AdapterFusion: Non-Destructive Task Composition for Transfer Learning, Pfeiffer et al. 2020, arXiv:2005.00247"
     )
     identity_at_init: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 5e-5
-    lr_range: ClassVar[tuple[float, float]] = (1e-5, 1e-3)
-    lr_source: ClassVar[str] = "AdapterFusion, arXiv:2005.00247, section 4.2: fusion at 5e-5; the range is ours"
+    reference_lr: ClassVar[float] = 5e-5
+    lr_follows_width: ClassVar[bool] = False
+    lr_source: ClassVar[str] = "AdapterFusion, arXiv:2005.00247, section 4.2: fusion at 5e-5"
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"adapters", "regularization"}
 
     adapters: dict[str, str]

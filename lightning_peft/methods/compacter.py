@@ -57,6 +57,7 @@ class PHMBottleneck(Delta):
     ) -> None:
         super().__init__()
         dtype, device = factor_dtype(like), like.device
+        # H_down and H_up are never stored: each is built from n pairs of thin factors and the shared rule.
         shapes = {
             "down_left": (n, size_in // n, rank),
             "down_right": (n, rank, width // n),
@@ -66,6 +67,7 @@ class PHMBottleneck(Delta):
         for name, shape in shapes.items():
             factor = torch.empty(shape, dtype=dtype, device=device)
             if not like.is_meta:
+                # Glorot-uniform with gain √2, over the two last dimensions.
                 bound = math.sqrt(2 * 6 / (shape[1] + shape[2]))
                 factor.copy_((torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1) * bound)
             setattr(self, name, nn.Parameter(factor))
@@ -76,8 +78,10 @@ class PHMBottleneck(Delta):
     def forward(self, v: Tensor) -> Tensor:
         """v: (…, size_in) -> (…, size_out), in the dtype of the factors (or of autocast)."""
         check_width(v, self.down_left.shape[0] * self.down_left.shape[1])
+        # The rule is one for the whole model, whose layers may stand on several devices.
         rule = self.shared.rule.to(self.down_left.device)
-        down, up = kronecker(rule, self.down_left, self.down_right), kronecker(rule, self.up_left, self.up_right)
+        down = kronecker(rule, self.down_left, self.down_right)
+        up = kronecker(rule, self.up_left, self.up_right)
         middle = F.linear(v.to(self.down_left.dtype), down.T, self.down_bias)
         out = F.linear(NON_LINEARITIES[self.non_linearity](middle), up.T, self.up_bias)
         return F.dropout(out, self.dropout) if self.dropout and self.training else out
@@ -126,9 +130,8 @@ class Compacter(AdapterMethod):
     paper: ClassVar[str] = (
         "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, Karimi Mahabadi et al. 2021, arXiv:2106.04647"
     )
-    default_lr: ClassVar[float] = 3e-3
-    lr_range: ClassVar[tuple[float, float]] = (3e-4, 1e-2)
-    lr_source: ClassVar[str] = "the authors' configs/compacter.json: 3e-3; the range is ours"
+    reference_lr: ClassVar[float] = 2e-3
+    lr_source: ClassVar[str] = "five times LoRA's; the authors' configs/compacter.json: 3e-3"
 
     reduction_factor: float = 32
     phm_dim: int = 4

@@ -100,8 +100,6 @@ class DeltaLoRA(LoRA):
         "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices, Zi et al. 2023,"
         " arXiv:2309.02411"
     )
-    default_lr: ClassVar[float] = 2e-4
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 2e-3)
     lr_source: ClassVar[str] = "as LoRA, whose settings the paper keeps (arXiv:2309.02411, section 4)"
     factors: ClassVar[type[LowRank]] = DeltaFactors
     free_fields: ClassVar[frozenset[str]] = LoRA.free_fields | {"start_step"}

@@ -62,9 +62,7 @@ class DoRA(LoRA):
     """
 
     paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation, Liu et al. 2024, arXiv:2402.09353"
-    default_lr: ClassVar[float] = 2e-4
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 2e-3)
-    lr_source: ClassVar[str] = "the paper, arXiv:2402.09353, appendix A.1: 1e-4 to 2e-4; the range is LoRA's"
+    lr_source: ClassVar[str] = "as LoRA: the paper, arXiv:2402.09353, trains both at 1e-4 to 3e-4"
     factors: ClassVar[type[LowRank]] = DoRAFactors
     additive: ClassVar[bool] = False
     why_not_additive: ClassVar[str] = (

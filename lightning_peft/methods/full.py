@@ -28,9 +28,8 @@ class FullFineTuning(Method):
 
     paper: ClassVar[str] = "BERT: Pre-training of Deep Bidirectional Transformers, Devlin et al. 2018, arXiv:1810.04805"
     complete: ClassVar[bool] = True
-    default_lr: ClassVar[float] = 5e-5
-    lr_range: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
-    lr_source: ClassVar[str] = "BERT, arXiv:1810.04805, appendix A.3: 2e-5 to 5e-5"
+    reference_lr: ClassVar[float] = 4e-5
+    lr_source: ClassVar[str] = "a tenth of LoRA's: LoRA Without Regret, Schulman 2025; BERT, arXiv:1810.04805: 5e-5"
 
     def thaw(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
         """Everything that requires a gradient now."""

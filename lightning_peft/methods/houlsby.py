@@ -46,9 +46,8 @@ class Houlsby(AdapterMethod):
     """
 
     paper: ClassVar[str] = "Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019, arXiv:1902.00751"
-    default_lr: ClassVar[float] = 3e-4
-    lr_range: ClassVar[tuple[float, float]] = (3e-5, 3e-3)
-    lr_source: ClassVar[str] = "Houlsby et al. 2019, arXiv:1902.00751, section 3.2: sweep over 3e-5, 3e-4, 3e-3"
+    reference_lr: ClassVar[float] = 4e-4
+    lr_source: ClassVar[str] = "as LoRA; the paper, arXiv:1902.00751, section 3.2, tries 3e-5, 3e-4, 3e-3"
 
     reduction_factor: float = 16
     non_linearity: NonLinearity = "swish"

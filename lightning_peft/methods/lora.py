@@ -16,6 +16,10 @@ from lightning_peft.match import bias_names, matcher
 from lightning_peft.method import Method, check_number
 
 _PARTS = ("q", "k", "v")
+#: scaling times rank of the runs that `LoRA.reference_lr` comes from
+REFERENCE_SCALED_RANK = 32
+#: best rate relative to that of random starts: arXiv:2602.04998 (OLoRA 1/18)
+START_FACTORS = {"pissa": 0.1, "olora": 0.055, "orthogonal": 0.5}
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ class LoRA(Method):
     """
 
     paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685"
-    default_lr: ClassVar[float] = 2e-4
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 2e-3)
-    lr_source: ClassVar[str] = "QLoRA, Dettmers et al. 2023, arXiv:2305.14314, table 9: 2e-4; the range is ours"
+    reference_lr: ClassVar[float] = 4e-4
+    lr_source: ClassVar[str] = (
+        "the sweep of tinker-cookbook over 35 language models; width and scaling: μA, arXiv:2602.06204; PiSSA, OLoRA:"
+        " Learning Rate Matters, arXiv:2602.04998"
+    )
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"init", "lr_ratio", "lr_embedding"}
     #: the factors of one matrix; relatives have their own
     factors: ClassVar[type[LowRank]] = LowRank
@@ -174,6 +180,20 @@ class LoRA(Method):
         """The start product of ``pissa`` and ``olora``."""
         return lowrank.frozen_names(model, self.factors)
 
+    # ---- learning rate ---------------------------------------------------------------------------------------------
+    def lr_factors(self) -> dict[str, float]:
+        """Scaling times rank against 32, start values, and the ratio of LoRA+.
+
+        The best rate falls with ``√(scaling·r)`` (μA, arXiv:2602.06204, corollary 4.4). Starts from the weight's own
+        directions want a tenth or less (arXiv:2602.04998).
+        """
+        factors = scaling_factor(self.alpha * self.r**0.5 if self.use_rslora else self.alpha)
+        if self.init in START_FACTORS:
+            factors[f"{START_FACTORS[self.init]} ({self.init})"] = START_FACTORS[self.init]
+        if self.lr_ratio != 1:  # the geometric mean of both rates stays
+            factors[f"1/√{self.lr_ratio:g} (lr_ratio)"] = self.lr_ratio**-0.5
+        return factors
+
     # ---- LoRA+ -----------------------------------------------------------------------------------------------------
     def param_groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """With ``lr_ratio`` other than 1: A, embeddings, B and vectors, and those of them that do not decay."""
@@ -191,6 +211,17 @@ class LoRA(Method):
             for k, ps in held.items()
             if ps
         ]
+
+
+def scaling_factor(scaled_rank: float) -> dict[str, float]:
+    """What scaling times rank does to the best rate: `Method.lr_factors`.
+
+    >>> scaling_factor(8)
+    {'√(32/8)': 2.0}
+    """
+    if scaled_rank == REFERENCE_SCALED_RANK:
+        return {}
+    return {f"√({REFERENCE_SCALED_RANK}/{scaled_rank:g})": (REFERENCE_SCALED_RANK / scaled_rank) ** 0.5}
 
 
 def _kinds(model: nn.Module) -> dict[int, str]:

@@ -49,9 +49,8 @@ class ParallelAdapter(AdapterMethod):
     )
     roles: ClassVar[tuple[str, ...]] = ("mlp",)
     reads: ClassVar[str] = "input"
-    default_lr: ClassVar[float] = 1e-4
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 1e-3)
-    lr_source: ClassVar[str] = "chosen here after AdapterFusion's 1e-4 (arXiv:2005.00247); He et al. tune it per task"
+    reference_lr: ClassVar[float] = 4e-4
+    lr_source: ClassVar[str] = "as LoRA; He et al., arXiv:2110.04366, tune it per task"
 
     reduction_factor: float = 2
     scaling: float | Literal["learned"] = 4.0

@@ -49,9 +49,8 @@ class Pfeiffer(AdapterMethod):
     )
     roles: ClassVar[tuple[str, ...]] = ("mlp",)
     reads: ClassVar[str] = "sum"
-    default_lr: ClassVar[float] = 1e-4
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 3e-3)
-    lr_source: ClassVar[str] = "AdapterFusion, arXiv:2005.00247, section 4.2: adapters at 1e-4; the range is ours"
+    reference_lr: ClassVar[float] = 4e-4
+    lr_source: ClassVar[str] = "as LoRA; AdapterFusion, arXiv:2005.00247, section 4.2: 1e-4 in long runs"
 
     reduction_factor: float = 16
     non_linearity: NonLinearity = "relu"

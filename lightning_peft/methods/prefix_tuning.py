@@ -74,11 +74,11 @@ class PrefixTuning(Method):
     mergeable: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str] = "its keys and values are inputs of the attention, not a change of weights."
     identity_at_init: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 5e-3
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 5e-2)
+    reference_lr: ClassVar[float] = 2e-2
+    lr_follows_width: ClassVar[bool] = False
     lr_source: ClassVar[str] = (
-        "scripts of P-tuning v2 (arXiv:2110.07602) for prefixes without projection: 5e-3 to 1e-2; with projection=True"
-        " the default is 5e-4 (ours: MiniLM, BBC headlines), the paper's is 5e-5"
+        "scripts of P-tuning v2 (arXiv:2110.07602) for prefixes without projection: 5e-3 to 1e-2; ours on MiniLM: 5e-2;"
+        " with projection 5e-4 (ours: MiniLM, BBC headlines), the paper's is 5e-5"
     )
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"encoder", "decoder", "cross", "init_std"}
 
@@ -103,8 +103,10 @@ class PrefixTuning(Method):
         check_number(name, "init_std", self.init_std, 0.0)
         if self.positions not in ("keep", "shift"):
             raise ConfigError(f"{name}(positions={self.positions!r}): choose 'keep' or 'shift'.")
-        if self.projection:  # a step in the network moves every key and value: the plain prefix's rate diverges
-            object.__setattr__(self, "default_lr", 5e-4)
+
+    def lr_factors(self) -> dict[str, float]:
+        """A step in the network of ``projection`` moves every key and value: the plain prefix's rate diverges."""
+        return {"0.05 (projection)": 0.05} if self.projection else {}
 
     def adapts(self, module: nn.Module) -> bool:
         """Attention modules."""

@@ -74,10 +74,10 @@ class PromptTuning(Method):
     mergeable: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str] = "its vectors are inputs of the model, not a change of weights."
     identity_at_init: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 3e-2
-    lr_range: ClassVar[tuple[float, float]] = (1e-3, 3e-1)
+    reference_lr: ClassVar[float] = 1e-1
+    lr_follows_width: ClassVar[bool] = False
     lr_source: ClassVar[str] = (
-        "peft's prompt-tuning example for causal language modelling: AdamW, 3e-2; the paper's 0.3 is for Adafactor"
+        "ours on MiniLM; peft's example for causal language modelling: 3e-2; the paper's 0.3 is for Adafactor"
     )
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"init", "init_text"}
 

@@ -61,8 +61,8 @@ class PTuning(Method):
     mergeable: ClassVar[bool] = False
     why_not_mergeable: ClassVar[str] = "its vectors are inputs of the model, not a change of weights."
     identity_at_init: ClassVar[bool] = False
-    default_lr: ClassVar[float] = 5e-3
-    lr_range: ClassVar[tuple[float, float]] = (1e-5, 2e-2)
+    reference_lr: ClassVar[float] = 5e-3
+    lr_follows_width: ClassVar[bool] = False
     lr_source: ClassVar[str] = (
         "ours: MiniLM, BBC headlines, 150 steps (1e-3 of peft's guide was too slow there); the authors' few-shot code,"
         " which trains the model too: 1e-4"

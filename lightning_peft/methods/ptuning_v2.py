@@ -39,8 +39,7 @@ class PTuningV2(PrefixTuning):
         " Liu et al. 2021, arXiv:2110.07602"
     )
     encoders_only: ClassVar[bool] = True
-    lr_range: ClassVar[tuple[float, float]] = (1e-3, 5e-2)
-    lr_source: ClassVar[str] = "the authors' scripts (github.com/THUDM/P-tuning-v2): 5e-3 to 1e-2"
+    lr_source: ClassVar[str] = "as PrefixTuning; the authors' scripts (github.com/THUDM/P-tuning-v2): 5e-3 to 1e-2"
 
     positions: Literal["keep", "shift"] = "shift"
 

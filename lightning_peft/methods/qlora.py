@@ -40,9 +40,7 @@ class QLoRA(LoRA):
     """
 
     paper: ClassVar[str] = "QLoRA: Efficient Finetuning of Quantized LLMs, Dettmers et al. 2023, arXiv:2305.14314"
-    default_lr: ClassVar[float] = 2e-4
-    lr_range: ClassVar[tuple[float, float]] = (5e-5, 2e-3)
-    lr_source: ClassVar[str] = "the paper, arXiv:2305.14314, table 9: 2e-4 up to 13B, 1e-4 above; the range is ours"
+    lr_source: ClassVar[str] = "as LoRA; the paper, arXiv:2305.14314, table 9: 2e-4 up to 13B parameters, 1e-4 above"
 
     quantization: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True

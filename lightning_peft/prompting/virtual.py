@@ -170,7 +170,7 @@ class VirtualTokens(InsertedTokens):
                 return None
         elif not self.wanted(module, call):
             return None
-        # A mask of scores (batch, heads, queries, keys) hides which tokens are padding.
+        # A mask over scores (batch, heads, queries, keys) does not tell which tokens are padding.
         mask = call.attention_mask
         if mask is not None and getattr(mask, "ndim", 0) != 2:
             form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

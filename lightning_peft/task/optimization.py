@@ -10,20 +10,23 @@ from torch import nn
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.method import Method
+from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.model.adapters import Adapters
-
-#: rate for a module without an injected method: BERT, arXiv:1810.04805, appendix A.3 (2e-5 to 5e-5)
-PLAIN_LR = 5e-5
+from lightning_peft.rates import SuggestedRate, suggest_lr
 
 
-def build_optimizer(
-    model: nn.Module, lr: float | None, weight_decay: float, *, mixed_precision: bool
-) -> torch.optim.AdamW:
-    """AdamW over what trains, at the method's own rate unless ``lr`` is given.
+def default_rate(model: nn.Module, steps: float) -> SuggestedRate:
+    """The rate where the user gives none: that of the injected methods, else that of full fine-tuning."""
+    adapters = Adapters.find(model)
+    return suggest_lr(model, adapters.methods if adapters is not None else FullFineTuning(), steps)
+
+
+def build_optimizer(model: nn.Module, lr: float, weight_decay: float, *, mixed_precision: bool) -> torch.optim.AdamW:
+    """AdamW over what trains, in the groups that the methods ask for.
 
     Args:
         model: with or without an injected method.
-        lr: replaces the method's default rate (the smallest, if there are several methods).
+        lr: learning rate.
         weight_decay: for matrices; the method decides which.
         mixed_precision: the Trainer trains in mixed precision. Lightning then refuses to clip the gradients of a fused
             optimizer, which would unscale them by itself; in bfloat16 too, where nothing is scaled.
@@ -31,13 +34,11 @@ def build_optimizer(
     >>> from torch import nn
     >>> from lightning_peft import LoRA, inject
     >>> net = nn.Sequential(nn.Linear(4, 4))
-    >>> inject(net, LoRA()); build_optimizer(net, None, 0.0, mixed_precision=False).param_groups[0]["lr"]
-    0.0002
+    >>> inject(net, LoRA()); build_optimizer(net, 1e-3, 0.0, mixed_precision=False).param_groups[0]["lr"]
+    0.001
     """
     adapters = Adapters.find(model)
     methods: Sequence[Method] = adapters.methods if adapters is not None else []
-    if lr is None:
-        lr = min([m.default_lr for m in methods], default=PLAIN_LR)
     grouping = [m for m in methods if type(m).param_groups is not Method.param_groups] or [_Plain()]
     groups = max((m.param_groups(model, lr, weight_decay) for m in grouping), key=len)
     fused = not mixed_precision and all(_can_fuse(p) for g in groups for p in g["params"])

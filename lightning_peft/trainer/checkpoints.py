@@ -83,7 +83,7 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
     if save == "trainable" and checkpoint.get("state_dict"):
         keep = set(adapters.names)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
-    info = dataclasses.replace(section_of(adapters), full=save == "full").as_dict()
+    info: dict[str, Any] = dataclasses.replace(section_of(adapters), full=save == "full").as_dict()
     state = checkpoint.get("state_dict")
     if state:
         # It may hold averaged weights. Where averaging has not begun, frozen ones among them have not moved yet.

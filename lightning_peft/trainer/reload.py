@@ -235,6 +235,10 @@ def _check_complete(kind: type[Any], content: Mapping[str, Any], where: str, giv
     for name, path in arguments_left_out(content, key).items():
         if name not in there and _takes(kind, content, name):
             lost[name] = path
+    if key in left_out(content):  # all of them are one object, such as a DictConfig of OmegaConf
+        name = str(content.get(kind.CHECKPOINT_HYPER_PARAMS_NAME) or key)
+        if name not in given:
+            lost[name] = left_out(content)[key]
     if not lost:
         return
     trusted = ", or, if you trust the file, weights_only=False" if left_out(content) else ""

@@ -16,7 +16,7 @@ import transformers
 
 from lightning_peft import LoRA, adapter_state_dict, inject, load_adapter, merge, save_adapter, unmerge
 from lightning_peft.task.losses import TokenLoss
-from tests.benchmarks.contestants import base, batch, contestants, ours
+from tests.benchmarks.contestants import base, batch, contestants, floor, ours
 from tests.benchmarks.measure import counts, ratio, times
 
 _LLAMA_70B = {
@@ -55,6 +55,43 @@ def headline(args: Any, length: int = 256, masked: float = 0.92) -> Iterator[dic
     if args.rounds:
         seconds = times({"ours": step(mine), "theirs": step(theirs)}, args.rounds, args.device, args.clock)
         yield _line(f"{name} step / transformers' own", ratio(seconds, "ours", "theirs"), "×")
+
+
+def small_tensors(args: Any) -> Iterator[dict[str, Any]]:
+    """LoRA where calls dominate: 16 tiny layers, one row of 8 tokens, one thread; a step, and inference."""
+    net = base("tiny", device=args.device)
+    rows = contestants(net)["LoRA all-linear"]
+    nets = {"floor": floor(net)} | {who: build() for who, build in rows.items()}
+    inputs = batch(net, 1, 8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for what in ("step", "inference"):
+        runs = {}
+        for who, each in nets.items():
+            each.train(what == "step")
+            runs[who] = _step(each, inputs) if what == "step" else _forward(each, inputs)
+        seconds = times(runs, max(args.rounds * 4, 1), args.device, args.clock)
+        for who in rows:
+            yield _line(
+                f"tiny Llama, 16 layers, 1 × 8 tokens: {what}, {who} / floor", ratio(seconds, who, "floor"), "×"
+            )
+    torch.set_num_threads(threads)
+
+
+def _step(net: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        net.zero_grad(set_to_none=True)
+        net(**inputs).loss.backward()
+
+    return run
+
+
+def _forward(net: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            net(**inputs)
+
+    return run
 
 
 def operations(args: Any) -> Iterator[dict[str, Any]]:
@@ -96,15 +133,7 @@ def ours_base(net: Any) -> Any:
 def _inference(net: Any, merged: Any, inputs: dict[str, torch.Tensor], args: Any) -> Iterator[dict[str, Any]]:
     rows = contestants(net)["LoRA all-linear"]
     models = {"base": ours_base(net), "merged": merged} | {who: rows[who]().eval() for who in ("ours", "peft")}
-
-    def forward(model: Any) -> Callable[[], None]:
-        def run() -> None:
-            with torch.no_grad():
-                model(**inputs)
-
-        return run
-
-    seconds = times({k: forward(m) for k, m in models.items()}, args.rounds or 1, args.device, args.clock)
+    seconds = times({k: _forward(m, inputs) for k, m in models.items()}, args.rounds or 1, args.device, args.clock)
     for who in ("merged", "ours", "peft"):
         yield _line(f"inference, {who} / base", ratio(seconds, who, "base"), "×")
 

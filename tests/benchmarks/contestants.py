@@ -43,7 +43,16 @@ MINILM = {
     "num_attention_heads": 12,
     "num_labels": 5,
 }
-MODELS = {"smollm2": SMOLLM2, "minilm": MINILM, "llama-1b": LLAMA_1B}
+#: so small that a step is calls and not products
+TINY = SMOLLM2 | {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+MODELS = {"smollm2": SMOLLM2, "minilm": MINILM, "llama-1b": LLAMA_1B, "tiny": TINY}
 
 
 def base(name: str, layers: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:

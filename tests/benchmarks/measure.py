@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-#: torch counts these as nothing
-_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+#: torch counts these as nothing; they take the arguments of others that it counts
+_COUNTED_AS = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm, aten.addbmm: aten.baddbmm}
 
 
 class Count(TorchDispatchMode):
@@ -34,7 +34,7 @@ class Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.dispatches += 1
         packet = func._overloadpacket
-        formula = flop_registry.get(_IN_PLACE.get(packet, packet))
+        formula = flop_registry.get(_COUNTED_AS.get(packet, packet))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         if self._follow:

@@ -36,7 +36,7 @@ class Chat(L.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=QLoRA.default_lr * 5)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
 
 
 def size(model: nn.Module) -> int:

@@ -41,7 +41,7 @@ def main() -> None:
             for line in _lines(net, args):
                 table.append({"model": name, "dtype": dtype} | line)
                 print(_text(table[-1]), flush=True)
-    others = [] if args.only_table else [*around.headline(args), *around.operations(args)]
+    others = [] if args.only_table else [*around.small_tensors(args), *around.headline(args), *around.operations(args)]
     for line in others:
         print(f"{line['what']:<58}{line['value']:>12.4g} {line['unit']}", flush=True)
     if args.csv:

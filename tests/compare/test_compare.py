@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import warnings
 from itertools import pairwise
@@ -18,7 +19,7 @@ from lightning_peft.cli import main
 from lightning_peft.compare import cost, plots, training
 from lightning_peft.compare.comparison import Outcome
 from lightning_peft.compare.cost import kept_bytes
-from lightning_peft.compare.plan import Candidate, best, choose, rate_grid
+from lightning_peft.compare.plan import Candidate, best, choose, next_rate, rate_grid
 from lightning_peft.method import registry
 from lightning_peft.methods.bitfit import BitFit
 from tests.cli.wandb_file import records
@@ -55,7 +56,7 @@ TASK = {
 }
 WORDS = {"good": ["fine", "great", "nice"], "bad": ["poor", "awful", "sad"]}
 COMMAND = ["compare", "--config", "task.yaml", "--methods", "LoRA", "BitFit", "VeRA(r=8)"]
-COMMAND += ["--budget", "6", "--rates", "2", "--seeds", "2", "--validations", "2"]
+COMMAND += ["--budget", "6", "--rates", "2e-4", "2e-3", "--seeds", "2", "--validations", "2"]
 
 
 @pytest.fixture
@@ -214,13 +215,29 @@ def test_all_methods_by_default():
     assert ours <= {c.label for c in found} | set(left_out) and len(found) >= 18
 
 
-def test_rates_lie_in_the_range_and_grids_are_nested():
-    for candidate in choose(None)[0]:
-        low, high = candidate.method.lr_range
-        grids = [rate_grid(candidate.method, k) for k in range(1, 6)]
-        assert grids[0] == [candidate.method.default_lr]
-        assert all(set(a) <= set(b) for a, b in pairwise(grids)), candidate.label
-        assert all(low <= rate <= high for rate in grids[-1]), candidate.label
+def test_the_search_widens_until_the_best_rate_is_no_edge(folder, monkeypatch):
+    """Around the default, and on: here accuracy is best at a rate far above it."""
+    tried = []
+
+    def train(task, candidate, rate, seed, *rest, **options):
+        tried.append(rate)
+        values = {"accuracy": -abs(math.log(rate / 0.5)), "loss": 1.0}
+        return {"val": values, "test": values, "curve": [{"step": 6, **values}], "losses": [1.0], "seconds": 1.0}
+
+    monkeypatch.setattr(training, "train", train)
+    command = ["compare", "--config", "task.yaml", "--methods", "LoRA", "--budget", "6", "--rates", "2"]
+    assert main([*command, "--seeds", "1"]) == 0
+    ratios = [b / a for a, b in pairwise(tried)]
+    assert len(tried) >= 4 and ratios == pytest.approx([3.0] * len(ratios), rel=0.05)
+    assert float(table()["LoRA"]["lr"]) == tried[-2]
+    assert next_rate({1e-3: 0.9, 3e-3: 0.8}) == 3.3e-4 and next_rate({1e-3: 0.9}) is None
+
+
+def test_grids_lie_around_the_default_and_are_nested():
+    grids = [rate_grid(2e-3, k) for k in range(1, 6)]
+    assert grids[0] == [2e-3] and grids[2] == [6.7e-4, 2e-3, 6e-3]
+    assert all(set(a) <= set(b) for a, b in pairwise(grids))
+    assert rate_grid(2e-3, [1e-3, 5e-3]) == [1e-3, 5e-3]
 
 
 def test_peak_counts_weights_states_and_the_step():

@@ -259,6 +259,30 @@ def test_an_argument_that_was_left_out_never_falls_back_to_its_default(tmp_path)
     assert isinstance(again.loss, nn.MultiMarginLoss)
 
 
+class Settings(dict):
+    """All hyper-parameters in one object, as a DictConfig of OmegaConf is."""
+
+
+class Configured(Plain):
+    """Its only argument has a default, which a reload must not fall back to."""
+
+    def __init__(self, config: dict | None = None) -> None:
+        super().__init__(**(config or {}))
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint |= {"hyper_parameters": Settings(width=8), "hparams_name": "config", "hparams_type": Settings}
+
+
+def test_arguments_in_one_object_never_fall_back_to_their_defaults(tmp_path):
+    fitted(tmp_path, FullFineTuning(), lambda: Configured({"width": 8}))
+    file = tmp_path / "epoch=1.ckpt"
+    with pytest.raises(
+        CheckpointError, match=r"config \(.*Settings\).* load_from_checkpoint\(Configured, path, config=…"
+    ):
+        load_from_checkpoint(Configured, file)
+    assert load_from_checkpoint(Configured, file, config={"width": 8}).net[0].out_features == 8
+
+
 def test_full_fine_tuning_writes_hyper_parameters_as_lightning_does(tmp_path):
     """Lightning's own ``load_from_checkpoint`` gives them back or refuses the file, as it does without PEFT."""
     module = Lossy(loss=nn.MultiMarginLoss())
