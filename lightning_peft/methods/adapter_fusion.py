@@ -17,7 +17,7 @@ from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PE
 from lightning_peft.files import read
 from lightning_peft.fingerprint import difference, fingerprint
 from lightning_peft.method import Method, registry
-from lightning_peft.sections import verify_finite
+from lightning_peft.sections import some, verify_finite
 
 
 class Fusion(Delta):
@@ -156,7 +156,7 @@ class AdapterFusion(AdapterMethod):
                 raise ConfigError(f"{where} was trained with {_entry(method)}, the first with {_entry(self.inner)}.")
             places = info["methods"][0]["targets"]
             if names and set(places) != set(names):
-                raise ConfigError(f"{where} stands in other places than the first: {sorted(set(places) ^ set(names))}.")
+                raise ConfigError(f"{where} stands in other places than the first: {some(set(places) ^ set(names))}.")
             names = names or places
             _check_base(model, info, where)
         modules = base_modules(model)
