@@ -149,14 +149,6 @@ def test_cases_that_were_wrong_once(seed):
     assert fuzz(1, int(numbers), int(case))[1] == []
 
 
-@pytest.mark.parametrize("where", [(103, 17), (106, 8), (110, 188), (106, 399)], ids=str)
-@pytest.mark.slow
-def test_whole_runs_that_were_wrong_once(where):
-    """Names that are too long for any file, and weights that nothing can tell from sound ones."""
-    seed, case = where
-    assert fuzz_runs(1, seed, case)[1] == []
-
-
 @pytest.mark.slow
 def test_runs_from_a_stranger():
     """Nothing of theirs runs, is looked for, or removes a file of ours; see `tests.faults.fuzz_runs`."""

@@ -190,6 +190,20 @@ def test_names_that_no_file_can_have(name):
             load(name)
 
 
+@pytest.mark.parametrize("name", ["é" * 300, "x" * 5000], ids=["300", "5000"])
+def test_sources_too_long_for_any_file(run, name):
+    """Python refuses even to look whether there is such a file."""
+    sources = {
+        "model": lambda: TaskModule(name, CASE.task, label_names=NAMES).configure_model(),
+        "tokenizer": lambda: TextDataModule(str(run.place / "rows.csv"), tokenizer=name).setup("fit"),
+        "images": lambda: ImageDataModule(name).setup("fit"),
+    }
+    for what, look in sources.items():
+        with pytest.raises(PEFTError) as refused:
+            look()
+        assert len(str(refused.value)) < 2100, what
+
+
 ODD = "a\u202egnp.exe\x1b[2J\x07"
 
 
