@@ -100,7 +100,7 @@ class AdapterFusion(AdapterMethod):
     )
     identity_at_init: ClassVar[bool] = False
     reference_lr: ClassVar[float] = 5e-5
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = "AdapterFusion, arXiv:2005.00247, section 4.2: fusion at 5e-5"
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"adapters", "regularization"}
 
