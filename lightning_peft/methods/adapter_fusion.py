@@ -17,7 +17,7 @@ from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PE
 from lightning_peft.files import read
 from lightning_peft.fingerprint import difference, fingerprint
 from lightning_peft.method import Method, registry
-from lightning_peft.sections import some, verify_finite
+from lightning_peft.sections import short, some, verify_finite
 
 
 class Fusion(Delta):
@@ -244,8 +244,8 @@ def _method(entry: Mapping[str, Any], where: str) -> AdapterMethod:
     kind = registry()[entry["type"]]
     try:
         method = kind(**{k: v for k, v in entry["config"].items() if k not in kind.free_fields})
-    except TypeError as error:
-        raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: its {entry['type']} cannot be built: {short(error)}") from None
     assert isinstance(method, AdapterMethod)
     return method
 

@@ -143,7 +143,7 @@ def test_hostile_and_broken_files():
     assert sum(n for (_, outcome), n in found.items() if outcome == "refused") > 120
 
 
-@pytest.mark.parametrize("seed", ["names of an optimizer: 105:418", "places of adapters: 106:229"])
+@pytest.mark.parametrize("seed", ["names of an optimizer: 105:418", "places of adapters: 106:229", "a field: 201:77"])
 def test_cases_that_were_wrong_once(seed):
     numbers, case = seed.rsplit(" ", 1)[1].split(":")
     assert fuzz(1, int(numbers), int(case))[1] == []
