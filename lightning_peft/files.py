@@ -27,7 +27,7 @@ from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import held, missing
 from lightning_peft.paths import locate as locate
 from lightning_peft.replacing import replacing
-from lightning_peft.untrusted import settle_parameters
+from lightning_peft.untrusted import check_extent, settle_parameters
 
 
 def near(path: str | os.PathLike) -> str:
@@ -198,6 +198,10 @@ def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{where} is a plain checkpoint without a {SECTION!r} section: it was written without the PEFT callback, or"
             " before adapters were injected. Load it into the model before injection; only FullFineTuning resumes it."
         )
+    try:
+        check_extent(content[SECTION], most=2_000_000)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: its {SECTION!r} section is damaged: {error}.") from None
     return upgraded(content["state_dict"], content[SECTION])
 
 

@@ -51,9 +51,9 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
     why_not_mergeable: ClassVar[str] = ""
     #: the best learning rate in a run of 1,000 steps on a model of width 2,000, from which `suggest_lr` derives the
-    #: default; whether it falls with the root of the width; and where it comes from
+    #: default; the power of the width with which it falls (0, ½ or 1); and where they come from
     reference_lr: ClassVar[float] = 4e-4
-    lr_follows_width: ClassVar[bool] = True
+    lr_width_exponent: ClassVar[float] = 0.5
     lr_source: ClassVar[str] = ""
     #: whether the adapted model gives the base's output right after injection
     identity_at_init: ClassVar[bool] = True

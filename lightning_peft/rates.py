@@ -46,9 +46,9 @@ def suggest_lr(model: nn.Module, method: Method | Sequence[Method], steps: float
 
     It is the method's `reference_lr` times
 
-    * ``√(2000 / width)`` for methods that train matrices, the width being the median number of input features of the
-      model's linear layers: μA, Chen et al. 2026, arXiv:2602.06204, corollary 4.4 (and the rates of 35 language models
-      in tinker-cookbook's sweep);
+    * ``√(2000 / width)`` for methods that put small matrices beside the model's, the width being the median number of
+      input features of its linear layers: μA, Chen et al. 2026, arXiv:2602.06204, corollary 4.4 (and the rates of 35
+      language models in tinker-cookbook's sweep); ``2000 / width`` for full fine-tuning; nothing for vectors;
     * what the method's own settings do (`Method.lr_factors`: scaling and rank, start values);
     * ``(1000 / steps)^¼``, at most 2 and at least ⅕. Learning rates of LoRA fell by 3.1 over 79 times the steps in
       arXiv:2602.04998. The number of rows in a batch has no factor of its own: at a fixed number of rows seen, a
@@ -71,8 +71,7 @@ def suggest_lr(model: nn.Module, method: Method | Sequence[Method], steps: float
 
 def _suggest(model: nn.Module, method: Method, steps: float | None) -> SuggestedRate:
     factors = [Factor(short_rate(method.reference_lr), method.reference_lr)]
-    if method.lr_follows_width:
-        factors += _width_factor(model)
+    factors += _width_factor(model, method.lr_width_exponent)
     factors += [Factor(text, value) for text, value in method.lr_factors().items()]
     factors += _steps_factor(steps)
     lr = float(f"{math.prod(factor.value for factor in factors):.1e}")
@@ -80,12 +79,13 @@ def _suggest(model: nn.Module, method: Method, steps: float | None) -> Suggested
     return SuggestedRate(lr, f"lr {short_rate(lr)} = {product} for {type(method).__name__}")
 
 
-def _width_factor(model: nn.Module) -> list[Factor]:
+def _width_factor(model: nn.Module, exponent: float) -> list[Factor]:
     width = model_width(model)
-    if width is None:
+    if width is None or not exponent:
         return []
     width = max(width, SMALLEST_WIDTH)
-    return [Factor(f"√({REFERENCE_WIDTH}/{width})", math.sqrt(REFERENCE_WIDTH / width))]
+    root = {0.5: "√", 1.0: ""}[exponent]
+    return [Factor(f"{root}({REFERENCE_WIDTH}/{width})", (REFERENCE_WIDTH / width) ** exponent)]
 
 
 def _steps_factor(steps: float | None) -> list[Factor]:

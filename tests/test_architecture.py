@@ -194,7 +194,7 @@ def test_methods_and_configs_agree(root):
             default = found.default_factory() if made else found.default
             assert default in (value, dataclasses.MISSING), f"{path.name}: {field}"
         assert path.read_text().startswith("#") and kind.paper and kind.lr_source, name
-        assert 0 < kind.reference_lr < 1, name
+        assert 0 < kind.reference_lr < 1 and kind.lr_width_exponent in (0.0, 0.5, 1.0), name
         assert (root / "tests/methods" / f"test_{path.stem}.py").exists(), path.stem
         assert kind.mergeable != bool(kind.why_not_mergeable), name
 

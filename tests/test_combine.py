@@ -49,7 +49,7 @@ def trained(path, method: LoRA, seed: int) -> tuple[dict[str, torch.Tensor], str
     g = torch.Generator().manual_seed(seed)
     for i in range(2):
         if i and isinstance(method, DeltaLoRA):
-            method.after_step(net, method.start_step + 1, None)
+            method.after_step(net, method.start(None) + 1, None)
         for p in net.parameters():
             if p.requires_grad:
                 p.data += torch.randn(p.shape, generator=g) * 0.5

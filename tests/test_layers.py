@@ -51,7 +51,7 @@ def shaken(net: nn.Module, method) -> None:
     g = torch.Generator().manual_seed(1)
     for part in range(2):
         if part and isinstance(method, DeltaLoRA):
-            method.after_step(net, method.start_step + 1, None)
+            method.after_step(net, method.start(None) + 1, None)
         for p in net.parameters():
             if p.requires_grad:
                 p.data += 0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64)

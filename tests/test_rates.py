@@ -34,6 +34,7 @@ def test_the_rate_is_the_product_that_is_printed():
     assert rate(LoRA(alpha=32, lr_ratio=16)) == pytest.approx(base / 4, rel=0.05)
     assert rate(PromptTuning(), width=500) == PromptTuning.reference_lr
     assert rate(FullFineTuning()) == FullFineTuning.reference_lr
+    assert rate(FullFineTuning(), width=500) == pytest.approx(4 * FullFineTuning.reference_lr)
     said = str(suggest_lr(net(384), LoRA(), 200))
     assert said.startswith("lr ") and "√(2000/384)" in said and "√(32/16)" in said and "LoRA" in said
     product = said.split(" = ")[1].split(" for ")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,16 @@ from lightning_peft.requirements import require_package
 from lightning_peft.saving.checkpoint import load_saved
 from lightning_peft.saving.saved_adapter import SavedAdapter
 from lightning_peft.task.kinds import find_task
-from lightning_peft.task.loading import explained, label_options, load, load_tokenizer, quiet, resolve
-from lightning_peft.untrusted import short, without_code, without_places
+from lightning_peft.task.loading import (
+    explained,
+    label_options,
+    load,
+    load_tokenizer,
+    quiet,
+    refuse_adapter,
+    resolve,
+)
+from lightning_peft.untrusted import check_extent, short, without_code, without_places
 
 #: the constructor arguments that are read from a file, and their types
 _MODEL = {
@@ -81,13 +90,14 @@ def _build(path: str, source: Any, given: Mapping[str, Any], saved: SavedAdapter
     extra = extra or _gguf(Path(place))
     task = label_options(find_task(given["task"]), labels) if "task" in given else {}
     options = {**extra, **options, **_labels(labels, saved), **task}
-    with quiet(local=Path(place).exists()), explained(source, options):
+    with quiet(local=os.path.exists(place)), explained(source, options):
+        refuse_adapter(source, place, options)
         return kind.from_pretrained(place, ignore_mismatched_sizes=True, **options)
 
 
 def _gguf(place: Path) -> dict[str, str]:
     """A folder with a GGUF file and no configuration: the adapter remembers the folder only."""
-    files = list(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").exists() else []
+    files = list(place.glob("*.gguf")) if os.path.isdir(place) and not (place / "config.json").exists() else []
     return {"gguf_file": files[0].name} if len(files) == 1 else {}
 
 
@@ -167,6 +177,7 @@ def _config(place: Path) -> tuple[Path, dict[str, Any]]:
         if file.is_file():
             try:
                 config = yaml.safe_load(file.read_text())
+                check_extent(config)
             except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
                 raise CheckpointError(f"{file} cannot be read: {short(error, 200)}") from None
             return file, config if isinstance(config, dict) else {}

@@ -15,8 +15,10 @@ from lightning_peft.rates import REFERENCE_STEPS, REFERENCE_WIDTH, short_rate
 #: fields that every method shares, listed once below the table
 _SHARED = ("target_modules", "exclude_modules", "modules_to_save", "layers", "init_seed")
 
+#: how the table shows the width's part in the default rate, by its exponent
+_WIDTH_FACTORS = {0.0: "", 0.5: " × √w", 1.0: " × w"}
 _RULE = (
-    f"Default learning rate: the one above, with w = √({REFERENCE_WIDTH} / width of the model), times"
+    f"Default learning rate: the one above, with w = {REFERENCE_WIDTH} / width of the model, times"
     f" ({REFERENCE_STEPS} / steps)^¼, and what the method's settings do to it (LoRA: √(32 / alpha), a tenth with"
     " init=pissa). A fit prints the product; in Python: suggest_lr(model, method, steps)."
 )
@@ -36,7 +38,7 @@ def _print() -> None:
     width = max(60, shutil.get_terminal_size().columns)
     print(f"{'method':<18} {'learning rate':<14} merges  paper")
     for name, kind in registry().items():
-        rate = short_rate(kind.reference_lr) + (" × w" if kind.lr_follows_width else "")
+        rate = short_rate(kind.reference_lr) + _WIDTH_FACTORS[kind.lr_width_exponent]
         merges = "yes" if kind.mergeable else "no"
         print(f"{name:<18} {rate:<14} {merges:<6}  {_citation(kind.paper, width - 42)}")
         print(textwrap.fill(_fields(kind), width - 1, initial_indent="    ", subsequent_indent="    "))

@@ -20,7 +20,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.header import completed
 from lightning_peft.paths import ADAPTER, SECTION, missing
 from lightning_peft.pickles import PickleReader
-from lightning_peft.untrusted import short
+from lightning_peft.untrusted import check_extent, short
 
 _LONGEST = 100_000_000  # bytes of a safetensors header, as the format allows
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -126,9 +126,14 @@ def _checkpoint(path: Path, file: BinaryIO) -> Peek:
         name = next((n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"), None)
         if name is None:
             raise CheckpointError(f"{path} is a zip file, but no checkpoint.")
+        record = archive.getinfo(name)
+        # torch packs nothing; a small file that is packed could take any amount of memory
+        if record.compress_type != zipfile.ZIP_STORED or record.file_size > os.fstat(file.fileno()).st_size:
+            raise zipfile.BadZipFile("its records declare more bytes than it has")
         content = _Reader(io.BytesIO(archive.read(name))).load()
     if not isinstance(content, dict):
         raise ValueError("no dictionary")
+    check_extent(content.get(SECTION), most=2_000_000)
     state = content.get("state_dict")
     tensors = {n: t for n, t in state.items() if isinstance(t, Stored)} if isinstance(state, dict) else {}
     facts = {k: content[k] for k in ("epoch", "global_step") if isinstance(content.get(k), int)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -96,7 +97,7 @@ class ImageDataModule(SplitDataModule):
         place = locate(data)
         if is_function(data):
             return from_function(data)
-        return from_npz(place) if place.suffix == ".npz" and place.exists() else file_tables(place, SUFFIXES)
+        return from_npz(place) if place.suffix == ".npz" and os.path.exists(place) else file_tables(place, SUFFIXES)
 
     def contents(self, rows: Dataset) -> list[Hashable]:
         """Digest and label of each image."""

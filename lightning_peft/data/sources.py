@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -133,9 +134,9 @@ def _path(data: str) -> Path | None:
 
 
 def _missing(data: str, place: Path) -> str:
-    there = (
-        sorted(p.name for p in place.parent.glob("*") if not p.name.startswith(".")) if place.parent.is_dir() else []
-    )
+    there: list[str] = []
+    if os.path.isdir(place.parent):
+        there = sorted(p.name for p in place.parent.glob("*") if not p.name.startswith("."))
     near = difflib.get_close_matches(place.name, there, n=3, cutoff=0.5) or there[:5]
     return f"data={data!r} does not exist." + (f" {place.parent} has: {', '.join(near)}." if near else "")
 
@@ -243,6 +244,8 @@ def file_tables(path: Path, suffixes: Sequence[str]) -> dict[str, Dataset]:
     """Columns ``file`` and ``label`` by split; a folder that holds the files themselves has no labels."""
     import datasets
 
+    if not os.path.exists(path):  # a name may be too long for any file, which a look into the folder does not forgive
+        raise ConfigError(_missing(str(path), path))
     flat = sorted(str(f) for f in path.glob("*") if f.suffix.lower() in suffixes)
     if flat:
         return {"train": datasets.Dataset.from_dict({"file": flat})}
@@ -259,7 +262,7 @@ def labelled_files(path: Path, suffixes: Sequence[str]) -> dict[str, list[tuple[
     Raises:
         ConfigError: no such files, with the files there are.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(_missing(str(path), path))
     if not path.is_dir():
         raise ConfigError(f"data={str(path)!r} is a file; give a folder with <label>/*{' or *'.join(suffixes)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,9 @@ def _from_source(source: str) -> Any:
     try:
         place = locate(source)
         options: dict[str, Any] = {"trust_remote_code": False}  # without it transformers would ask at the terminal
-        if place.suffix == ".gguf" and place.is_file():
+        if place.suffix == ".gguf" and os.path.isfile(place):
             return AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name, **options)
-        return AutoTokenizer.from_pretrained(str(place) if place.exists() else source, **options)
+        return AutoTokenizer.from_pretrained(str(place) if os.path.exists(place) else source, **options)
     except (OSError, ValueError, KeyError, ImportError, PEFTError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".: ")
         raise ConfigError(

@@ -17,7 +17,8 @@ from lightning_peft.errors import CheckpointError, ConfigError, NoMatchError, PE
 from lightning_peft.fingerprint import difference, fingerprint
 from lightning_peft.method import Method, registry
 from lightning_peft.saving.saved_adapter import SavedAdapter
-from lightning_peft.saving.section import SavedMethod, Section
+from lightning_peft.saving.section import SavedMethod, Section, some
+from lightning_peft.untrusted import short
 
 
 class Fusion(Delta):
@@ -100,7 +101,7 @@ class AdapterFusion(AdapterMethod):
     )
     identity_at_init: ClassVar[bool] = False
     reference_lr: ClassVar[float] = 5e-5
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = "AdapterFusion, arXiv:2005.00247, section 4.2: fusion at 5e-5"
     free_fields: ClassVar[frozenset[str]] = Method.free_fields | {"adapters", "regularization"}
 
@@ -156,7 +157,7 @@ class AdapterFusion(AdapterMethod):
                 raise ConfigError(f"{where} was trained with {_entry(method)}, the first with {_entry(self.inner)}.")
             places = section.targets
             if names and set(places) != set(names):
-                raise ConfigError(f"{where} stands in other places than the first: {sorted(set(places) ^ set(names))}.")
+                raise ConfigError(f"{where} stands in other places than the first: {some(set(places) ^ set(names))}.")
             names = names or places
             _check_base(model, section, where)
         modules = base_modules(model)
@@ -246,8 +247,8 @@ def _method(saved: SavedMethod, where: str) -> AdapterMethod:
     kind = registry()[saved.type]
     try:
         method = kind(**{k: v for k, v in saved.config.items() if k not in kind.free_fields})
-    except TypeError as error:
-        raise CheckpointError(f"{where}: its {saved.type} cannot be built: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: its {saved.type} cannot be built: {short(error)}") from None
     assert isinstance(method, AdapterMethod)
     return method
 

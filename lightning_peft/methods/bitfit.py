@@ -35,7 +35,7 @@ class BitFit(Method):
 
     paper: ClassVar[str] = "BitFit: Simple Parameter-efficient Fine-tuning, Ben Zaken et al. 2021, arXiv:2106.10199"
     reference_lr: ClassVar[float] = 2e-3
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = "arXiv:2106.10199, appendix A.2: 1e-4 to 1e-3 for base models; ours on MiniLM: 5e-3"
 
     exclude_modules: str | list[str] | None = None

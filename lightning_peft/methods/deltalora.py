@@ -15,6 +15,9 @@ from lightning_peft.lowrank import LowRank, Place
 from lightning_peft.method import check_number
 from lightning_peft.methods.lora import LoRA
 
+#: K of the paper's runs
+LATEST_START = 500
+
 
 class DeltaFactors(LowRank):
     """`LowRank` with the product of an earlier step, ``snapshot_A`` and ``snapshot_B``, and the factor ``follow``.
@@ -83,7 +86,7 @@ class DeltaLoRA(LoRA):
 
     Args:
         update_ratio: λ.
-        start_step: K, the steps before W starts to follow.
+        start_step: K, the steps before W starts to follow. None: a quarter of the run, at most 500 steps (the paper's).
 
     Raises:
         ConfigError: dropout, which the paper rules out in the low-rank branch.
@@ -105,11 +108,12 @@ class DeltaLoRA(LoRA):
     free_fields: ClassVar[frozenset[str]] = LoRA.free_fields | {"start_step"}
 
     update_ratio: float = 2.0
-    start_step: int = 500
+    start_step: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("DeltaLoRA", "start_step", self.start_step, 0)
+        if self.start_step is not None:
+            check_number("DeltaLoRA", "start_step", self.start_step, 0)
         if self.dropout:
             raise ConfigError(
                 f"DeltaLoRA(dropout={self.dropout!r}): the weight follows the product, which is not defined under"
@@ -121,16 +125,23 @@ class DeltaLoRA(LoRA):
         follows = [f"{name}.follow" for name, module in model.named_modules() if isinstance(module, DeltaFactors)]
         return super().state_names(model) + follows
 
+    def start(self, total_steps: int | None) -> int:
+        """K in a run of so many steps."""
+        if self.start_step is not None:
+            return self.start_step
+        return LATEST_START if total_steps is None else min(LATEST_START, total_steps // 4)
+
     def after_step(self, model: nn.Module, step: int, total_steps: int | None) -> None:
         """Take the snapshot once, after step ``start_step + 1``."""
-        if step == 1 and total_steps is not None and total_steps <= self.start_step + 1:
+        start = self.start(total_steps)
+        if step == 1 and total_steps is not None and total_steps <= start + 1:
             warnings.warn(
-                f"DeltaLoRA(start_step={self.start_step}) trains as plain LoRA in this run of {total_steps} steps:"
+                f"DeltaLoRA(start_step={start}) trains as plain LoRA in this run of {total_steps} steps:"
                 " the weight would follow from a later step on. Lower start_step.",
                 stacklevel=2,
             )
         for delta in (m for m in model.modules() if isinstance(m, DeltaFactors)):
-            if step <= self.start_step:
+            if step <= start:
                 delta.known_to_follow = False  # another run with this model: ask again when its time comes
             elif not delta.known_to_follow:
                 delta.take_snapshot(self.update_ratio)

@@ -155,7 +155,7 @@ class IA3(Method):
         " arXiv:2205.05638"
     )
     reference_lr: ClassVar[float] = 1e-2
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = (
         "arXiv:2205.05638, section 3.3: 3e-3; peft's table, a 3B model: 5e-3; ours on MiniLM: 3e-2"
     )

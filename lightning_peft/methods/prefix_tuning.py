@@ -75,7 +75,7 @@ class PrefixTuning(Method):
     why_not_mergeable: ClassVar[str] = "its keys and values are inputs of the attention, not a change of weights."
     identity_at_init: ClassVar[bool] = False
     reference_lr: ClassVar[float] = 2e-2
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = (
         "scripts of P-tuning v2 (arXiv:2110.07602) for prefixes without projection: 5e-3 to 1e-2; ours on MiniLM: 5e-2;"
         " with projection 5e-4 (ours: MiniLM, BBC headlines), the paper's is 5e-5"

@@ -75,7 +75,7 @@ class PromptTuning(Method):
     why_not_mergeable: ClassVar[str] = "its vectors are inputs of the model, not a change of weights."
     identity_at_init: ClassVar[bool] = False
     reference_lr: ClassVar[float] = 1e-1
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = (
         "ours on MiniLM; peft's example for causal language modelling: 3e-2; the paper's 0.3 is for Adafactor"
     )

@@ -62,7 +62,7 @@ class PTuning(Method):
     why_not_mergeable: ClassVar[str] = "its vectors are inputs of the model, not a change of weights."
     identity_at_init: ClassVar[bool] = False
     reference_lr: ClassVar[float] = 5e-3
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = (
         "ours: MiniLM, BBC headlines, 150 steps (1e-3 of peft's guide was too slow there); the authors' few-shot code,"
         " which trains the model too: 1e-4"

@@ -80,7 +80,7 @@ class VeRA(Method):
 
     paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation, Kopiczko et al. 2023, arXiv:2310.11454"
     reference_lr: ClassVar[float] = 1e-2
-    lr_follows_width: ClassVar[bool] = False
+    lr_width_exponent: ClassVar[float] = 0.0
     lr_source: ClassVar[str] = "the paper, arXiv:2310.11454, appendix A: 4e-3 for instruction tuning, 2e-3 to 3e-2 GLUE"
 
     r: int = 256

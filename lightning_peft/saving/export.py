@@ -96,6 +96,7 @@ def _add_tokenizer(folder: Path, tokenizer: Any, source: str) -> None:
     place = Path(source)
     if place.is_dir():
         files = [p for p in place.iterdir() if any(p.match(pattern) for pattern in _TOKENIZER_FILES)]
+        files = [p for p in files if p.is_file()]  # a link to a device would be copied without end
         for file in files:
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ def load(
         return _random(auto, source, task, labels, options), []
     place, extra = resolve(source)
     options = {**extra, **options, **label_options(task, labels)}
-    with quiet(local=Path(place).exists()), explained(source, options):
+    with quiet(local=os.path.exists(place)), explained(source, options):
+        refuse_adapter(source, place, options)
         network, report = auto.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     return network.eval(), _describe(network, report, source, task, labels, options["trust_remote_code"])
 
@@ -54,14 +55,14 @@ def resolve(source: str) -> tuple[str, dict[str, str]]:
     """What to hand to ``from_pretrained``: a hub id or a folder, and the name of a GGUF file in it.
 
     Raises:
-        ConfigError: a path to nothing, or to an adapter.
+        ConfigError: a path to nothing.
 
     >>> resolve("bert-base-uncased")
     ('bert-base-uncased', {})
     """
     place = locate(source)
     is_path = source.startswith(("pkg://", ".", "/", "~")) or source.count("/") > 1 or source.endswith(".gguf")
-    if not place.exists():
+    if not os.path.exists(place):  # False too for a name that is too long for any file
         if is_path:
             raise ConfigError(f"model={source!r}: {place.absolute()} does not exist. Give a hub id, folder or .gguf.")
         return source, {}
@@ -69,13 +70,31 @@ def resolve(source: str) -> tuple[str, dict[str, str]]:
         if place.suffix != ".gguf":
             raise ConfigError(f"model={source!r} is a file; give the folder it lies in, or a .gguf file.")
         return str(place.parent.absolute()), {"gguf_file": place.name}
-    if (place / "adapter_config.json").is_file():
-        # transformers would hand it to peft, which imports modules that such a file names
+    return str(place.absolute()), {}
+
+
+def refuse_adapter(source: Any, place: str, options: Mapping[str, Any]) -> None:
+    """Raise unless a folder or a repository of the hub holds a model without an adapter of peft.
+
+    transformers would load both, with peft, which imports modules that the adapter's configuration names.
+
+    Args:
+        source: what the user has given, for the message.
+        place: what `resolve` makes of it.
+        options: arguments of ``from_pretrained``.
+
+    Raises:
+        ConfigError: there is such an adapter.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    names = ("cache_dir", "token", "revision", "local_files_only", "subfolder")
+    given = {name: options[name] for name in names if options.get(name) is not None}
+    if find_adapter_config_file(place, **given) is not None:
         raise ConfigError(
             f"model={source!r} holds an adapter of peft (adapter_config.json). Give the folder or hub id of the base it"
             " was trained on; import_peft(model, folder) loads the adapter."
         )
-    return str(place.absolute()), {}
 
 
 def label_options(task: Task, labels: Sequence[str] | None) -> dict[str, Any]:

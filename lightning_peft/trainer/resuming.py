@@ -68,6 +68,8 @@ def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume
     for key in ("optimizer_states", "lr_schedulers"):
         if key not in broken and not all(isinstance(entry, dict) for entry in checkpoint.get(key, [])):
             broken.append(key)
+    if isinstance(resume, dict) and not _are_names_of_groups(resume.get("optimizers", [])):
+        broken.append("optimizers")
     late = module._trainer is not None and loads_late(module._trainer)  # sharded states are compared as they load
     adapters = Adapters.of(module)
     if not late and "optimizer_states" not in broken:
@@ -81,6 +83,16 @@ def take_resume(module: L.LightningModule, checkpoint: Mapping[str, Any], resume
             method.load_resume_state(module, saved)
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise CheckpointError(_damaged(str(error))) from error
+
+
+def _are_names_of_groups(optimizers: Any) -> bool:
+    """Whether this is a list of optimizers, each a list of groups, each a list of names."""
+    groups = [optimizers]
+    for _ in ("optimizers", "groups", "names"):
+        if not all(isinstance(part, list) for part in groups):
+            return False
+        groups = [inner for part in groups for inner in part]
+    return all(isinstance(name, str) for name in groups)
 
 
 def _fitting(states: list[dict[str, Any]], shapes: Collection[torch.Size]) -> bool:

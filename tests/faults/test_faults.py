@@ -143,6 +143,12 @@ def test_hostile_and_broken_files():
     assert sum(n for (_, outcome), n in found.items() if outcome == "refused") > 120
 
 
+@pytest.mark.parametrize("seed", ["names of an optimizer: 105:418", "places of adapters: 106:229", "a field: 201:77"])
+def test_cases_that_were_wrong_once(seed):
+    numbers, case = seed.rsplit(" ", 1)[1].split(":")
+    assert fuzz(1, int(numbers), int(case))[1] == []
+
+
 @pytest.mark.slow
 def test_runs_from_a_stranger():
     """Nothing of theirs runs, is looked for, or removes a file of ours; see `tests.faults.fuzz_runs`."""

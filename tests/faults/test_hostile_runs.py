@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -36,6 +37,8 @@ from lightning_peft import (
     load_from_checkpoint,
 )
 from lightning_peft.cli import main
+from lightning_peft.cli.base import open_adapter
+from lightning_peft.cli.peek import peek
 from lightning_peft.data.sources import read
 from lightning_peft.folders import _Unpickler
 from lightning_peft.formats.folder import read_folder
@@ -187,6 +190,20 @@ def test_names_that_no_file_can_have(name):
             load(name)
 
 
+@pytest.mark.parametrize("name", ["é" * 300, "x" * 5000], ids=["300", "5000"])
+def test_sources_too_long_for_any_file(run, name):
+    """Python refuses even to look whether there is such a file."""
+    sources = {
+        "model": lambda: TaskModule(name, CASE.task, label_names=NAMES).configure_model(),
+        "tokenizer": lambda: TextDataModule(str(run.place / "rows.csv"), tokenizer=name).setup("fit"),
+        "images": lambda: ImageDataModule(name).setup("fit"),
+    }
+    for what, look in sources.items():
+        with pytest.raises(PEFTError) as refused:
+            look()
+        assert len(str(refused.value)) < 2100, what
+
+
 ODD = "a\u202egnp.exe\x1b[2J\x07"
 
 
@@ -209,6 +226,45 @@ def test_names_in_a_file_do_not_move_the_cursor(run, tmp_path, capsys):
     with pytest.raises(PEFTError) as refused:
         load_adapter(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "odd\u202e.ckpt")
     assert str(refused.value).isprintable()
+
+
+def test_an_adapter_in_a_folder_below_the_base_is_refused_too(run, tmp_path):
+    """The file itself may say in which folder transformers looks."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    module = TaskModule(str(tmp_path), CASE.task, label_names=NAMES, model_kwargs={"subfolder": "inner"})
+    with pytest.raises(ConfigError, match="holds an adapter of peft"):
+        module.configure_model()
+
+
+def test_a_packed_checkpoint_is_not_unpacked(run, tmp_path):
+    """torch packs nothing. A packed record of a few kilobytes can be a gigabyte."""
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({"x": "0" * 1_000_000}))
+    with pytest.raises(CheckpointError, match="its records declare more bytes than it has"):
+        peek(tmp_path / "a.ckpt")
+
+
+def test_a_description_without_end_is_refused(run, tmp_path):
+    """A few lists inside each other, each named twice, print as more letters than a machine can hold."""
+    bomb = ["x"]
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    content = copy.deepcopy(run.checkpoint)
+    content["lightning_peft"]["methods"][0]["config"]["r"] = bomb
+    torch.save(content, tmp_path / "a.ckpt")
+    for look in (lambda p: load_adapter(torch.nn.Linear(2, 2), p), peek):
+        with pytest.raises(CheckpointError, match="more than 2000000 values"):
+            look(tmp_path / "a.ckpt")
+
+
+def test_a_config_without_end_beside_an_adapter_is_refused(run, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(run.folder / "adapter", folder)
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+    (folder / "config.yaml").write_text("\n".join([*lines, "model: {init_args: {model: {x: *a59}}}"]))
+    with pytest.raises(CheckpointError, match="more than 200000 values"):
+        open_adapter(str(folder), None)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,12 @@ def test_fifty_steps_resumed(start, tmp_path):
         assert torch.equal(logits(second.net, "bert"), logits(plain.net, "bert"))
 
 
+def test_the_weight_follows_in_short_runs_too():
+    """By default from a quarter of the run on, at the latest from the paper's 500 steps on."""
+    starts = [DeltaLoRA().start(steps) for steps in (72, 10_000, None)]
+    assert starts == [18, 500, 500] and DeltaLoRA(start_step=27).start(50) == 27
+
+
 def test_a_new_fit_goes_on_following(tmp_path):
     """The weight of a saved adapter has moved already: a fit from it must not move it back at step K + 1."""
     net = nn.Sequential(nn.Linear(4, 4))
@@ -148,6 +154,6 @@ def test_short_runs_and_dropout():
     net = nn.Sequential(nn.Linear(4, 4))
     inject(net, DeltaLoRA())
     with pytest.warns(UserWarning, match="trains as plain LoRA in this run of 100 steps"):
-        DeltaLoRA().after_step(net, 1, 100)
+        DeltaLoRA(start_step=500).after_step(net, 1, 100)
     with pytest.raises(ConfigError, match=r"DeltaLoRA\(dropout=0.1\)"):
         DeltaLoRA(dropout=0.1)
