@@ -319,8 +319,8 @@ class TextDataModule(SplitDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         states = [getattr(part, "_adapter", None) for part in module.modules()] if module is not None else []
         found = [state for state in states if hasattr(state, "placeholder")]
-        if not found or found[0].n != self.places.count:
-            has = f"has {found[0].n}" if found else "has no PTuning"
+        if not found or found[0].num_virtual_tokens != self.places.count:
+            has = f"has {found[0].num_virtual_tokens}" if found else "has no PTuning"
             raise ConfigError(
                 f"template={self.template!r} has places for {self.places.count} virtual tokens, the model {has}: train"
                 f" with PTuning(num_virtual_tokens={self.places.count}), or change the template."

@@ -28,6 +28,7 @@ def backbones(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
             embedding = embedding_of(module)
             if embedding is not None:
                 embeddings[module] = embedding
+    # A model with a head takes ids as well, but only hands them to the backbone inside it.
     for module, embedding in embeddings.items():
         inner = [part for part in module.modules() if part is not module and part in embeddings]
         if not inner:
@@ -57,12 +58,14 @@ def decoder_of(outer: nn.Module, encoder: nn.Module) -> nn.Module | None:
     config: Any = outer.config
     if outer is encoder or not getattr(config, "is_encoder_decoder", False) or not hasattr(outer, "get_decoder"):
         return None
+    # Some models answer with themselves, or with the one stack that they have.
     decoder = outer.get_decoder()  # type: ignore[operator]
     return None if decoder in (None, encoder, outer) else decoder
 
 
 def make_room(cache: Any, num_virtual_tokens: int, backbone: nn.Module) -> None:
     """Make an empty static cache longer, which was sized for the caller's tokens; other caches grow by themselves."""
+    # The cross-attention's half of an encoder-decoder cache holds the encoder's states.
     cache = getattr(cache, "self_attention_cache", cache)
     for layer in getattr(cache, "layers", ()):
         if not hasattr(layer, "max_cache_len") or layer.is_initialized:

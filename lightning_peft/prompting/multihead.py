@@ -102,6 +102,7 @@ def _scores_mask(attn_mask: Tensor | None, padding_mask: Tensor | None, queries:
         padding_mask: (batch, keys).
         queries: (batch, heads, queries, head), for shapes and dtype.
     """
+    # Both are added up, so that what either hides stays hidden.
     mask = None
     if attn_mask is not None:
         mask = _additive(attn_mask, queries.dtype)
@@ -124,6 +125,7 @@ def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of all heads: states (batch, heads, queries, head), and weights (batch, heads, queries, keys)."""
+    # The fused function is faster and gives no weights.
     if not need_weights:
         return F.scaled_dot_product_attention(queries, keys, values, mask, dropout), None
     scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5

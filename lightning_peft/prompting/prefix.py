@@ -107,6 +107,7 @@ class ProjectedPrefix(Delta):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Keys and values, (n, heads, width) each."""
+        # One row for each virtual token: the keys of all heads, then the values.
         count, key_width, value_width = self.heads
         both = F.linear(self.shared(), self.weight, self.bias)
         keys, values = both.split([count * key_width, count * value_width], dim=-1)
@@ -278,6 +279,7 @@ def in_front(prefix: Tensor, states: Tensor) -> Tensor:
 
     Where the model has repeated its groups to the number of query heads, those of the prefix are repeated as well.
     """
+    # The prefix is kept in float32 or wider; attention runs in the dtype of the model.
     prefix = prefix.transpose(0, 1).to(states.dtype)
     num_groups, num_heads = prefix.shape[0], states.shape[-3]
     if num_heads != num_groups:

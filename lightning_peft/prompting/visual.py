@@ -40,6 +40,7 @@ class PromptedImage(Adapted):
                 f"{type(self).__name__} gives a {type(embedded).__name__}, not one row of tokens, so PromptTuning has"
                 " no place in it. PrefixTuning and LoRA work on this model."
             )
+        # The class token stays first, where poolers and heads look for it.
         has_class_token = hasattr(self, "cls_token") or hasattr(self, "class_embedding")
         insertion = Insertion(int(has_class_token), tokens.num_virtual_tokens, embedded.shape[1])
         call = tokens.calls.current()
@@ -61,6 +62,7 @@ def vision_backbones(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 def position_table(embeddings: nn.Module) -> Tensor | None:
     """The positions of an image's tokens (…, tokens, dim), or None."""
+    # A parameter in ViT, an `nn.Embedding` in CLIP.
     for name in ("position_embeddings", "position_embedding"):
         table = getattr(embeddings, name, None)
         table = getattr(table, "weight", table)
