@@ -46,8 +46,10 @@ class Houlsby(AdapterMethod):
     """
 
     paper: ClassVar[str] = "Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019, arXiv:1902.00751"
-    reference_lr: ClassVar[float] = 4e-4
-    lr_source: ClassVar[str] = "as LoRA; the paper, arXiv:1902.00751, section 3.2, tries 3e-5, 3e-4, 3e-3"
+    reference_lr: ClassVar[float] = 8e-4
+    lr_source: ClassVar[str] = (
+        "ours: MiniLM on BBC topics, 72 steps, 3e-3; the paper, arXiv:1902.00751, section 3.2, tries 3e-5, 3e-4, 3e-3"
+    )
 
     reduction_factor: float = 16
     non_linearity: NonLinearity = "swish"
