@@ -51,7 +51,7 @@ class Pfeiffer(AdapterMethod):
     reads: ClassVar[str] = "sum"
     reference_lr: ClassVar[float] = 1.4e-3
     lr_source: ClassVar[str] = (
-        "ours: MiniLM on BBC topics, 60 steps, 7e-3; AdapterFusion, arXiv:2005.00247, section 4.2, has 1e-4 in long runs"
+        "ours: MiniLM on BBC topics, 60 steps, 7e-3; AdapterFusion, arXiv:2005.00247, section 4.2: 1e-4 in long runs"
     )
 
     reduction_factor: float = 16
