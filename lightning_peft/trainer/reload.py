@@ -324,7 +324,8 @@ def _explain(kind: type, path: Any, error: Exception, made_by_parser: bool) -> N
     """Say what a constructor complains of, where the file is to blame rather than the user's class."""
     if "__init__() missing" in str(error):
         raise PEFTError(
-            f"{error}. The checkpoint does not hold it; give it: load_from_checkpoint(…, NAME=…)."
+            f"{error}. The checkpoint does not hold it. Build the module and load into it:"
+            f" load_from_checkpoint({kind.__name__}(…), path); or give it: load_from_checkpoint(…, NAME=…)."
         ) from error
     if made_by_parser or hasattr(kind, "import_fields"):
         raise CheckpointError(
