@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -200,7 +200,7 @@ def rebuild(
     except PEFTError:
         raise
     except Exception as error:
-        _explain(kind, path, error, made_by_parser)
+        _explain(kind, path, error, stored.keys(), made_by_parser)
         raise
     if isinstance(built, every("LightningModule")):
         device = next((t.device for t in content["state_dict"].values() if isinstance(t, Tensor)), None)
@@ -320,12 +320,19 @@ def _named(kind: type, given: Mapping[str, Any]) -> list[str]:
     return [name for name in found if name != "jsonargparse"]
 
 
-def _explain(kind: type, path: Any, error: Exception, made_by_parser: bool) -> None:
+def _explain(kind: type, path: Any, error: Exception, known: Collection[str], made_by_parser: bool) -> None:
     """Say what a constructor complains of, where the file is to blame rather than the user's class."""
-    if "__init__() missing" in str(error):
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = []
+    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+        needed = parameter.default is inspect.Parameter.empty and parameter.kind not in variable
+        if needed and name not in known:
+            missing.append(name)
+    if missing and not made_by_parser:
         raise PEFTError(
-            f"{error}. The checkpoint does not hold it. Build the module and load into it:"
-            f" load_from_checkpoint({kind.__name__}(…), path); or give it: load_from_checkpoint(…, NAME=…)."
+            f"{path} does not hold {', '.join(missing)}, which {kind.__name__} cannot be built without. Build the"
+            f" module and load into it: load_from_checkpoint({kind.__name__}(…), path). Or give what is missing:"
+            f" load_from_checkpoint({kind.__name__}, path, {arguments(missing)})."
         ) from error
     if made_by_parser or hasattr(kind, "import_fields"):
         raise CheckpointError(

@@ -19,6 +19,7 @@ from lightning_peft import (
     FullFineTuning,
     LoRA,
     MergeOnFitEnd,
+    PEFTError,
     adapter_state_dict,
     load_adapter,
     load_from_checkpoint,
@@ -317,3 +318,20 @@ def test_a_class_that_unpickles_is_not_let_at_a_file_with_objects(tmp_path):
         with pytest.raises(CheckpointError, match=r"load_from_checkpoint\(Own\(…\), path\)"):
             load_from_checkpoint(Own, file, **given)
     assert isinstance(load_from_checkpoint(Own, file, weights_only=False).loss, nn.MultiMarginLoss)
+
+
+class Unsaved(Plain):
+    """Says nothing of its arguments to its files."""
+
+    def __init__(self, table) -> None:
+        super().__init__()
+        self.hparams.clear()
+        self.table = [table["rows"]]
+
+
+def test_an_argument_that_no_file_holds_is_named(tmp_path):
+    trainer(tmp_path, PEFT(LoRA()), saver(tmp_path)).fit(Unsaved({"rows": 1}), plain_loader())
+    file = tmp_path / "epoch=1.ckpt"
+    with pytest.raises(PEFTError, match=r"does not hold table.*load_from_checkpoint\(Unsaved\(…\), path\).*table=…"):
+        load_from_checkpoint(Unsaved, file)
+    assert load_from_checkpoint(Unsaved, file, table={"rows": 2}).table == [2]
