@@ -347,7 +347,8 @@ def torchgeo_case(name: str, ignore: tuple[str, ...], **options: Any) -> Case:
         trainer.fit(module, torch.utils.data.DataLoader(Pictures(), batch_size=4))
         return module
 
-    return Case("torchgeo", train, ignore=ignore)
+    pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return Case("torchgeo", train, lambda module: module(pictures), ignore=ignore)
 
 
 CASES["torchgeo: MoCo"] = torchgeo_case(
