@@ -29,6 +29,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -670,7 +671,9 @@ def main(asked: list[str]) -> None:
             absent.append(CASES[name].package)
             continue
         command = [sys.executable, "-m", "tests.ecosystem.libraries", "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        with tempfile.TemporaryDirectory() as folder:  # some libraries write where they are run
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith(f'["{MARK}"')]
         found = [json.loads(line)[1:] for line in lines]
         found += [("wrong", f"the process ended: {done.stderr[-300:]}")] * (len(CHECKS) - len(found))
