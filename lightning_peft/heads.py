@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from lightning_peft.adapted import Delta, base_class
 from lightning_peft.errors import NoMatchError
 from lightning_peft.match import aliases, candidates, matcher
+from lightning_peft.untrusted import short
 
 #: set on modules that our own code added to a loaded model: their values come from no checkpoint
 NEW = "_lightning_peft_new"
@@ -145,3 +147,21 @@ def _within_pretrained(root: nn.Module, name: str) -> bool:
     parts = name.split(".")
     owners = [root.get_submodule(".".join(parts[:i])) if i else root for i in range(len(parts))]
     return any(hasattr(o, "base_model_prefix") and any(_filled(p) for p in o.parameters()) for o in owners)
+
+
+def label_names(root: nn.Module) -> list[str] | None:
+    """Names of the classes in a transformers configuration, in order; None where they are only numbered."""
+    names = getattr(getattr(root, "config", None), "id2label", None)
+    if not isinstance(names, Mapping) or all(str(n).startswith("LABEL_") for n in names.values()):
+        return None
+    return [str(names[i]) for i in sorted(names)]
+
+
+def listed_labels(names: Sequence[Any]) -> str:
+    """Names of classes for a message; of many, the first.
+
+    >>> listed_labels(["no", "yes"])
+    '2 labels (no, yes)'
+    """
+    shown = ", ".join(short(name, 60) for name in names[:12]) + (", …" if len(names) > 12 else "")
+    return f"{len(names)} label{'s' if len(names) != 1 else ''} ({shown})"

@@ -20,6 +20,7 @@ from lightning_peft.rates import SuggestedRate
 from lightning_peft.saving.checkpoint import inject_saved
 from lightning_peft.saving.section import Section
 from lightning_peft.task.batches import check_labels
+from lightning_peft.task.divergence import check_finite, warn_of_rise
 from lightning_peft.task.hyperparameters import check, numbered, package_of_cli, plain_options, tidy, unstorable
 from lightning_peft.task.kinds import find_task
 from lightning_peft.task.labels import ask_data, check_words, fit_network
@@ -124,6 +125,7 @@ class TaskModule(LightningModule):
         self.token_loss = TokenLoss(task)
         self.speed = Speed()
         self.suggested: SuggestedRate | None = None  # where the learning rate of this fit comes from, if not from lr
+        self.first_loss: Tensor | None = None  # of this fit
         self.metrics: Any = None  # a ModuleDict once the labels are known
         given = isinstance(model, nn.Module)
         self.source = None if given else self.hparams["model"]
@@ -222,18 +224,29 @@ class TaskModule(LightningModule):
             logged |= {"lr": self.suggested.lr, "lr_derivation": self.suggested.derivation}
         if self.hparams.base_mode == "eval":  # asked for, so no news
             warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training")
+        self.first_loss = None
+        data = getattr(self._data(), "hparams", None)
+        if data:
+            logged["data"] = dict(data)  # under a name of their own: both may have options that are called the same
         for logger in self.loggers:
             logger.log_hyperparams(logged)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the tokens of a training batch."""
-        if self.training:
-            self.speed.see(batch)
-        return batch
-
     def on_validation_end(self) -> None:
-        """Validation is no training time."""
+        """Validation is no training time. A loss that is no number ends the fit."""
         self.speed.restart()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            check_finite(self.trainer.callback_metrics, "val_loss", self._rate())
+
+    def on_train_end(self) -> None:
+        """Say whether the fit has diverged."""
+        metrics = self.trainer.callback_metrics
+        check_finite(metrics, "train_loss_epoch", self._rate())
+        warn_of_rise(self.first_loss, metrics.get("train_loss_epoch"), self._rate())
+
+    def _rate(self) -> float:
+        """The highest learning rate of the optimizers, before schedules."""
+        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
+        return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=0.0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step; logs ``train_loss`` per step and ``train_loss_epoch`` and the metrics per epoch.
@@ -241,7 +254,9 @@ class TaskModule(LightningModule):
         Of text also ``train_tokens_per_second``: of one process, padding not counted.
         """
         loss, count = self._step(batch, "train")
-        if (rate := self.speed.step()) is not None:
+        if self.first_loss is None:
+            self.first_loss = loss.detach()
+        if (rate := self.speed.step(batch)) is not None:
             self.log("train_tokens_per_second", rate, batch_size=1)
         self.log("train_loss", loss, prog_bar=True, batch_size=count)
         self.log("train_loss_epoch", loss, on_step=False, on_epoch=True, batch_size=count, sync_dist=True)

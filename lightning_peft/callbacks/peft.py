@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lightning_peft.errors import ConfigError, PEFTError, TrainingError
+from lightning_peft.formats.card import settings
 from lightning_peft.lightning_packages import Callback, every, is_overridden, package_of, rank_zero_info
 from lightning_peft.method import Method
 from lightning_peft.model.adapters import Adapters
@@ -84,6 +85,17 @@ class PEFT(Callback):
         self._idle: IdleLayers | None = None
         self._steps_done = 0
         self._total_steps: int | None = None
+
+    def __repr__(self) -> str:
+        """As it is written: ``PEFT(LoRA(r=8))``; options that have their defaults are left out."""
+        given = [settings(method) for method in self.methods or []]
+        if len(given) > 1:
+            given = [f"[{', '.join(given)}]"]
+        if self.init_from is not None:
+            given.append(f"init_from={self.init_from!r}")
+        if self.save != "trainable":
+            given.append(f"save={self.save!r}")
+        return f"PEFT({', '.join(given)})"
 
     # ---- before training -------------------------------------------------------------------------------------------
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
+from lightning_peft.cli.terminal import say_error
 from lightning_peft.errors import PEFTError
 from lightning_peft.requirements import require_package
 from lightning_peft.untrusted import short
@@ -47,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"lightning-peft {__version__}")
         return 0
     if not words[0].startswith("-") and words[0] not in COMMANDS:
-        print(f"lightning-peft: error: {_unknown(words[0])}", file=sys.stderr)
+        say_error(_unknown(words[0]))
         return 2
     if words[0] == "methods":
         from lightning_peft.cli.methods import show
@@ -71,7 +72,7 @@ def _files(words: list[str]) -> int:
     try:
         import_module(f"lightning_peft.cli.{words[0]}").main(words[1:])
     except PEFTError as error:
-        print(f"lightning-peft: error: {short(error, 1500)}", file=sys.stderr)
+        say_error(short(error, 1500))
         return 2
     except SystemExit as stop:  # --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -89,7 +90,7 @@ def _train(words: list[str]) -> int:
         from lightning_peft.cli.compare import compare
         from lightning_peft.cli.run import run
     except PEFTError as error:
-        print(f"lightning-peft: error: {error}", file=sys.stderr)
+        say_error(str(error))
         return 2
 
     quiet.logs()
@@ -103,7 +104,7 @@ def _train(words: list[str]) -> int:
         known = _known(error)
         if known is None:
             raise
-        print(f"lightning-peft: error: {short(known, 1500)}", file=sys.stderr)
+        say_error(short(known, 1500))
         return 2
     return 0
 

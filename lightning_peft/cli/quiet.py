@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import sys
 import warnings
+from typing import Any
+
+from lightning_peft.cli.terminal import filled, width_of
 
 _WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -14,7 +19,6 @@ _WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*The dirpath has changed from .*",
     r".*The number of training batches .* is smaller than the logging interval.*",
-    r".*You have overridden `on_before_batch_transfer`.*",
 )
 #: what they say at import is about kernels for other machines, and about each other
 _LOGGERS = ("torchao", "torch.utils._pytree")
@@ -25,10 +29,14 @@ _TIPS = (
     "HPU available",
     "`Trainer.fit` stopped",
     "Seed set to",
+    "`weights_only` was not set",
+    "Restoring states from the checkpoint",
+    "Restored all states from the checkpoint",
+    "Loaded model weights from the checkpoint",
     "Loading `train_dataloader`",
-    "An KeyboardInterrupt was raised",
-    "An SIGTERMException was raised",
 )
+#: of a run that is cut short; the command says itself what was saved
+_CUT_SHORT = re.compile(r"An \w+ was raised with message")
 
 
 #: loggers of Lightning under both names that it is published by
@@ -51,10 +59,25 @@ def environment() -> None:
 
 
 def logs() -> None:
-    """Filter the handlers that Lightning made when it was imported."""
+    """Filter the handlers that Lightning made when it was imported, and fit lines and warnings to the terminal."""
     for name in LIGHTNING_LOGGERS:
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_not_a_tip)
+            handler.setFormatter(_Filled())
+    warnings.formatwarning = _one_warning
+
+
+class _Filled(logging.Formatter):
+    """Lines that end between words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, as wide as the terminal."""
+        return filled(super().format(record), width_of(sys.stderr))
+
+
+def _one_warning(message: Warning | str, *place: Any, **options: Any) -> str:
+    """A warning without the line of code that gave it, which is none of the user's."""
+    return filled(f"lightning-peft: warning: {' '.join(str(message).split())}", width_of(sys.stderr)) + "\n"
 
 
 def silence_wandb() -> None:
@@ -66,7 +89,8 @@ def silence_wandb() -> None:
 
 
 def _not_a_tip(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_TIPS)
+    message = record.getMessage()
+    return not message.startswith(_TIPS) and not _CUT_SHORT.match(message)
 
 
 def _wandb_key() -> bool:

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import re
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -20,12 +21,14 @@ from lightning_peft.cli.bar import Bar
 from lightning_peft.cli.configs import check_config
 from lightning_peft.cli.folder import CONFIG, OldRun, free_neighbour, holds_run, newest_checkpoint, put_below
 from lightning_peft.cli.found import read_found
+from lightning_peft.cli.help import show_choices
 from lightning_peft.cli.messages import chain, explain
 from lightning_peft.cli.quiet import silence_wandb
 from lightning_peft.cli.screen import finish
+from lightning_peft.cli.terminal import command, filled, say_error, width_of
 from lightning_peft.data import AudioDataModule, ImageDataModule, TextDataModule
 from lightning_peft.data.tasks import TextTask
-from lightning_peft.errors import ConfigError, PEFTError
+from lightning_peft.errors import ConfigError, PEFTError, TrainingError
 from lightning_peft.files import locate, near
 from lightning_peft.lightning_packages import L, every, rank_zero_only
 from lightning_peft.method import Method, registry
@@ -46,6 +49,8 @@ SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "c
 _PREDICTIONS = "predictions.jsonl"
 _PARTS = ("model", "data")
 _DATA = (TextDataModule, ImageDataModule, AudioDataModule)
+#: what accelerators are called by people
+_DEVICES = {"gpu": "GPU", "cuda": "CUDA GPU", "mps": "Apple GPU", "tpu": "TPU"}
 
 
 class Parser(LightningArgumentParser):
@@ -55,14 +60,14 @@ class Parser(LightningArgumentParser):
         """Print one sentence and stop with status 2, in place of the usage and twenty lines."""
         if not self.exit_on_error:  # one attempt among several types: the next may fit
             super().error(message, ex)
-        text = short(explain(message, _classes(), _options()), 1500)
-        print(f"lightning-peft: error: {text}", file=sys.stderr)
+        say_error(short(explain(message, _classes(), _options()), 1500))
         raise SystemExit(2)  # no ordinary exception: jsonargparse would catch it and try something else
 
 
 def _classes() -> dict[str, list[str]]:
     hidden = ("_", "SaveConfig", "Bar")
-    callbacks = sorted(k.__name__ for k in _subclasses(L.Callback) if not k.__name__.startswith(hidden))
+    found = [k for k in _subclasses(L.Callback) if not k.__module__.startswith("lightning_peft.compare")]
+    callbacks = sorted(k.__name__ for k in found if not k.__name__.startswith(hidden))
     data = [d.__name__ for d in _DATA]
     return {"peft": list(registry()), "model": ["TaskModule"], "data": data, "callbacks": callbacks}
 
@@ -165,8 +170,7 @@ class PEFTCLI(LightningCLI):
                     f"--ckpt_path {path} is an adapter by itself; the commands take a .ckpt. To start a fit from it:"
                     f" --peft null --trainer.callbacks+=PEFT --trainer.callbacks.init_from {path}"
                 )
-            if self.subcommand != "fit":
-                self._take_classes(path)
+            self._take_classes(path)
         if "WandbLogger" in str(trainer.get("logger")):
             silence_wandb()
 
@@ -268,11 +272,12 @@ class PEFTCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
         except Exception as error:
-            if "No supported gpu backend found" in str(error):
+            no_device = ("No supported gpu backend found", "can not run on your system")
+            if any(part in str(error) for part in no_device):
+                name = config.get("accelerator")
                 raise PEFTError(
-                    f"trainer.accelerator={config.get('accelerator')}: torch finds no GPU on this machine (No supported"
-                    " gpu backend found). Train on what there is with --trainer.accelerator auto, or install a torch"
-                    " with CUDA."
+                    f"trainer.accelerator={name}: torch finds no {_DEVICES.get(name, name)} on this machine. Train on"
+                    " what there is with --trainer.accelerator auto, or install a torch that supports it."
                 ) from error
             if not isinstance(error, (TypeError, ValueError)):
                 raise
@@ -284,7 +289,8 @@ class PEFTCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
-            if subcommand == "fit" and not self.trainer.fast_dev_run:
+            # after a TrainingError there is nothing to go on with
+            if subcommand == "fit" and not self.trainer.fast_dev_run and not isinstance(error, TrainingError):
                 self.show_interruption()
             if isinstance(error, every("utilities.exceptions.SIGTERMException")):
                 raise SystemExit(143) from error  # as a shell counts: 128 + the number of the signal
@@ -303,7 +309,8 @@ class PEFTCLI(LightningCLI):
             _say(f"\nStopped at step {self.trainer.global_step:,}; nothing was saved.")
             return
         _say(f"\nStopped at step {self.trainer.global_step:,}. Saved: {near(saved)}. To go on:")
-        _say(f"  lightning-peft fit --resume --output_dir {near(folder)}")
+        again = f"lightning-peft fit --resume --output_dir {shlex.quote(near(folder))}"
+        print(command(again, width_of(sys.stderr), "  "), file=sys.stderr)
 
     def before_fit(self) -> None:
         """Start the clocks."""
@@ -327,7 +334,7 @@ class PEFTCLI(LightningCLI):
 
 @rank_zero_only
 def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(filled(line, width_of(sys.stderr)), file=sys.stderr)
 
 
 def _resolved(path: str) -> Path:
@@ -338,6 +345,9 @@ def run(words: list[str]) -> PEFTCLI:
     """Parse and run one of Lightning's commands."""
     # Lightning starts further processes with these words, and loggers show them. The program's own path stays.
     sys.argv = [sys.argv[0], *words]
+    choices = {"model": [TaskModule], "data": list(_DATA), "peft": list(registry().values())}
+    if show_choices(words, choices):
+        raise SystemExit(0)
     full, guard = expand(words), nullcontext()
     if not any(w.split("=")[0] in ("-c", "--config") for w in words):
         file = None
@@ -378,8 +388,8 @@ def _packages_named(words: list[str]) -> list[str]:
 
 
 def expand(words: list[str]) -> list[str]:
-    """Find shipped configs from any folder."""
-    found = list(words)
+    """Find shipped configs from any folder, and let options come after the class that they belong to."""
+    found = in_order(words)
     for i, word in enumerate(found):
         name, separator, value = word.partition("=")
         if name in ("-c", "--config") and (separator or i + 1 < len(found)):
@@ -387,6 +397,30 @@ def expand(words: list[str]) -> list[str]:
             check_config(place)
             found[i if separator else i + 1] = f"{name}={place}" if separator else place
     return found
+
+
+def in_order(words: list[str]) -> list[str]:
+    """Configs first, then the classes of method, model and data, then their options; else as given.
+
+    The parser reads from left to right, and an option of a class that is named later would belong to none.
+
+    >>> in_order(["fit", "--peft.r", "4", "--peft", "LoRA", "--config", "task.yaml"])
+    ['fit', '--config', 'task.yaml', '--peft', 'LoRA', '--peft.r', '4']
+    """
+    command, options = words[:1], []
+    for word in words[1:]:
+        if word.startswith("--") or word == "-c" or not options:
+            options.append([word])
+        else:
+            options[-1].append(word)  # a value of the option before it
+    return command + [word for option in sorted(options, key=_turn) for word in option]
+
+
+def _turn(option: list[str]) -> int:
+    name = option[0].split("=")[0]
+    if name in ("-c", "--config"):
+        return 0
+    return 1 if name in ("--peft", "--model", "--data") else 2
 
 
 def _config(value: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from lightning_peft.callbacks import MergeOnFitEnd
 from lightning_peft.cli.folder import newest_checkpoint
+from lightning_peft.cli.terminal import command, filled, width_of
 from lightning_peft.files import near
 from lightning_peft.lightning_packages import L
 from lightning_peft.model.summary import size, summarize
@@ -27,20 +30,34 @@ def finish(
     summary = summarize(model)
     names = " + ".join(m["name"] for m in summary["methods"])
     minutes, rest = divmod(int(seconds), 60)
+    steps = f"{trainer.global_step:,} step{'s' if trainer.global_step != 1 else ''}"
     console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"\n[bold]{names}[/]: {summary['trainable']:,} of {summary['total']:,} parameters trained"
-        f" ({summary['percent']:.2f} %), {trainer.global_step} steps in {minutes} min {rest:02d} s"
-        + (f", {speed:,.0f} tokens/s" if speed else "")
-    )
+    width = width_of(sys.stdout)
+    trained = f": {summary['trainable']:,} of {summary['total']:,} parameters trained ({summary['percent']:.2f} %)"
+    pace = f", {speed:,.0f} tokens/s" if speed else ""
+    headline = filled(f"{names}{trained}, {steps} in {minutes} min {rest:02d} s{pace}", width)
+    console.print(f"\n[bold]{names}[/]{headline.removeprefix(names)}")
     for name, value in sorted(metrics.items()):
         console.print(f"  {name:<14} [bold]{value:.4f}[/]")
     places = _places(trainer, adapter, folder)
     for label, text in places:
-        console.print(f"  {label:<14} {text}")
+        console.print(row(label, text, width), markup=False)
     console.print("[bold]Next[/]")
     for label, text in _next(trainer, places, adapter):
-        console.print(f"  {label:<14} {text}")
+        console.print(row(label, text, width), markup=False)
+
+
+def row(label: str, text: str, width: int | None) -> str:
+    """A label and what belongs to it; below it, where both have no room in a line.
+
+    >>> print(row("measure", "lightning-peft test", 40))
+      measure        lightning-peft test
+    >>> print(row("measure", "lightning-peft test", 30))
+      measure
+        lightning-peft test
+    """
+    line = f"  {label:<14} {text}"
+    return line if width is None or len(line) <= width else f"  {label}\n{command(text, width, '    ')}"
 
 
 def _places(trainer: L.Trainer, adapter: Path, folder: Path) -> list[tuple[str, str]]:
@@ -67,19 +84,19 @@ def _next(trainer: L.Trainer, places: list[tuple[str, str]], adapter: Path) -> l
     checkpoint = _checkpoint(trainer, folder)
     rows = []
     if checkpoint:
-        path = near(checkpoint)
+        path = shlex.quote(str(near(checkpoint)))
         rows.append(("measure", f"lightning-peft test --ckpt_path {path}"))
         rows.append(("predict", f"lightning-peft predict --ckpt_path {path}"))
     if newest_checkpoint(folder):
         longer = f"--trainer.max_epochs {2 * (trainer.max_epochs or 1)}"
         if trainer.max_steps > 0:
             longer = f"--trainer.max_steps {2 * trainer.max_steps}"
-        rows.append(("train on", f"lightning-peft fit --resume --output_dir {near(folder)} {longer}"))
+        rows.append(("train on", f"lightning-peft fit --resume --output_dir {shlex.quote(str(near(folder)))} {longer}"))
     rows.append(("swap in", f'lightning_peft.load_adapter(model, "{near(adapter)}")'))
     merged = next((text.split(" (")[0] for label, text in places if label == "merged model"), None)
     offline = next((text for label, text in places if label == "W&B, offline"), None)
     if offline:
-        rows.append(("upload", f"wandb sync {offline}"))
+        rows.append(("upload", f"wandb sync {shlex.quote(offline)}"))
     if merged:
         rows.append(("plain", f'transformers.AutoModel….from_pretrained("{merged}")'))
     return rows

@@ -138,7 +138,11 @@ def _missing(data: str, place: Path) -> str:
     if os.path.isdir(place.parent):
         there = sorted(p.name for p in place.parent.glob("*") if not p.name.startswith("."))
     near = difflib.get_close_matches(place.name, there, n=3, cutoff=0.5) or there[:5]
-    return f"data={data!r} does not exist." + (f" {place.parent} has: {', '.join(near)}." if near else "")
+    return f"data={data!r} does not exist." + (f" {_folder_name(place)} has: {', '.join(near)}." if near else "")
+
+
+def _folder_name(place: Path) -> str:
+    return "This folder" if place.parent == Path() else str(place.parent)
 
 
 def _file(path: str) -> Path:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def take(rows: Dataset, indices: Sequence[int]) -> Dataset:
     """Rows as a table of their own (``Dataset.select`` keeps a list of indices, which later steps copy out noisily)."""
-    return type(rows)(rows.with_format("arrow")[list(indices)], info=rows.info)
+    table = rows.with_format("arrow")[list(indices)]
+    return type(rows)(table.combine_chunks(), info=rows.info)  # datasets 3.0 to 5.0 give a piece a row: sources._load
 
 
 def first_of_each(rows: Sequence[Hashable]) -> list[int]:

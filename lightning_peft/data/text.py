@@ -234,6 +234,7 @@ class TextDataModule(SplitDataModule):
 
     def _found_names(self, split_rows: Mapping[str, Dataset]) -> list[str]:
         """As for all data; one class for whole texts cannot be meant."""
+        self._refuse_numbers(next(iter(split_rows.values())))
         names = super()._found_names(split_rows)
         if len(names) == 1 and self.task != "token-classification":
             raise ConfigError(
@@ -241,6 +242,17 @@ class TextDataModule(SplitDataModule):
                 " tell apart. Choose another column, or name all classes with label_names."
             )
         return names
+
+    def _refuse_numbers(self, rows: Dataset) -> None:
+        """Labels with fractions are what a regression predicts; as classes, each number would be one."""
+        values = rows[self.label_column][:]
+        fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]
+        if fractions:
+            raise ConfigError(
+                f"label_column={self.label_column!r} holds numbers with fractions, such as {fractions[0]}. To predict"
+                " numbers, take task='regression' (--model.task regression). If each number is a class, name the"
+                " classes with label_names."
+            )
 
     def _used(self, split: str) -> list[tuple[str, str]]:
         """Columns that are read, and the field that names each."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.errors import printable
-from lightning_peft.formats.naming import task_of
+from lightning_peft.formats.naming import class_names, task_of
 from lightning_peft.method import Method
 from lightning_peft.model.adapters import Adapters
 from lightning_peft.model.summary import size, summarize
@@ -24,14 +24,16 @@ _PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_2_SEQ_LM": "text2text-generation",
 }
+#: by library, what is imported and what puts the adapter on the base
 _USE = {
-    "peft": """from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER")""",
-    "lightning_peft": """from lightning_peft import load_adapter
-
-load_adapter(base, "PATH OF THIS FOLDER")  # or a LightningModule that holds the base""",
+    "peft": ("from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "PATH OF THIS FOLDER")'),
+    "lightning_peft": (
+        "from lightning_peft import load_adapter",
+        'load_adapter(base, "PATH OF THIS FOLDER")  # or a LightningModule that holds the base',
+    ),
 }
+#: classes that are named in the card's code
+_MOST_NAMES = 30
 _ELSEWHERE = ("target_modules", "modules_to_save", "adapters", "adapter")
 
 
@@ -41,6 +43,8 @@ def card(
     library: str,
     data: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    base_name: str | None = None,
+    tokenizer: bool = False,
 ) -> str:
     """The card of the adapter in ``model``.
 
@@ -49,6 +53,8 @@ def card(
         library: what the folder is for, ``peft`` or ``lightning_peft``.
         data: what it was trained on.
         metrics: results, by name.
+        base_name: what to call the base; by default where it was loaded from.
+        tokenizer: whether the folder has one.
 
     >>> from torch import nn
     >>> from lightning_peft import LoRA, inject
@@ -59,26 +65,40 @@ def card(
     """
     adapters = Adapters.of(model)
     base = adapters.record.base
-    source = base.source
+    source = base_name or base.source
     names = " + ".join(type(m).__name__ for m in adapters.methods)
     parts = [
         _head(adapters.network, adapters.methods, source, library),
         f"# {names} adapter for {_title(source, base.class_name)}",
         _facts(model, source, data),
         _results(metrics),
-        f"## Use\n\n```python\n{_base(adapters.network, source)}{_USE[library]}\n```",
+        f"## Use\n\n```python\n{_use(adapters.network, source, library, tokenizer)}\n```",
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def _base(root: nn.Module, source: str) -> str:
-    """The line that loads the base, where it comes from the hub."""
-    if not on_hub(source) or not hasattr(root, "config"):
-        return ""
-    head = task_of(root) in ("SEQ_CLS", "TOKEN_CLS")
-    labels = f", num_labels={root.config.num_labels}" if head else ""
+def _use(root: nn.Module, source: str, library: str, tokenizer: bool) -> str:
+    """Code that builds the base and puts the adapter on it."""
+    imported, applied = _USE[library]
     kind = type(root).__name__
-    return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({source!r}{labels})\n\n"
+    if not hasattr(root, "from_pretrained"):
+        return f"{imported}\n\n{applied}"
+    named = source if on_hub(source) else f"PATH OF {_title(source, kind)}"
+    lines = [imported, f"from transformers import {'AutoTokenizer, ' if tokenizer else ''}{kind}", ""]
+    lines += [f"base = {kind}.from_pretrained({named!r}{_labels(root)})", applied]
+    if tokenizer:
+        lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")')
+    return "\n".join(lines)
+
+
+def _labels(root: Any) -> str:
+    """The argument that gives a new head its classes: with their names, where they have any and are not too many."""
+    if task_of(root) not in ("SEQ_CLS", "TOKEN_CLS"):
+        return ""
+    names = class_names(root)
+    if names is None or len(names) > _MOST_NAMES:
+        return f", num_labels={root.config.num_labels}"
+    return f", id2label={dict(enumerate(names))!r}"
 
 
 def _head(root: nn.Module, methods: list[Method], source: str, library: str) -> str:

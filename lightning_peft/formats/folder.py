@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ from lightning_peft.paths import held
 from lightning_peft.replacing import replacing_folder, under_way
 from lightning_peft.untrusted import short, without_code
 
+#: the names of the classes, in the order of the head's outputs: peft has no place for them
+LABELS = "label_names.json"
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _ATTEMPTS, _PAUSE = 40, 0.05  # to read a folder that is being written, and the seconds between two of them
 TUNER, PROMPT = "base_model.model.", "base_model."
@@ -156,8 +158,15 @@ def _files(place: Path) -> dict[str, tuple[int, ...]]:
     return files
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Three files, together complete or absent; the same content gives the same bytes."""
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    label_names: Sequence[str] | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """All files, together complete or absent; the same content gives the same bytes."""
     if folder.is_file():
         raise PEFTError(f"{folder} is a file; give a folder.")
     held = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
@@ -165,3 +174,7 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         save_file(held, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         (temporary / "README.md").write_text(card)
+        if label_names is not None:
+            (temporary / LABELS).write_text(json.dumps(list(label_names), indent=2, ensure_ascii=False))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)

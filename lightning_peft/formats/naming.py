@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.adapted import Adapted, Delta
+from lightning_peft.heads import label_names
 from lightning_peft.model.adapters import adapter_tensors, persistent_buffers
 
 #: modules that peft saves by itself for a task
@@ -42,6 +43,11 @@ def task_of(root: nn.Module) -> str | None:
         return None  # speech: peft's classes for tasks pass token ids on
     encoder_decoder = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     return None if task == "SEQ_2_SEQ_LM" and not encoder_decoder else task
+
+
+def class_names(root: nn.Module) -> list[str] | None:
+    """Names of the classes of a transformers model with a head for them; None where they are only numbered."""
+    return label_names(root) if task_of(root) in ("SEQ_CLS", "TOKEN_CLS") else None
 
 
 def name_in_peft(root: nn.Module, name: str) -> str:

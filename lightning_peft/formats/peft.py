@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
 from lightning_peft.fields import settle
 from lightning_peft.formats.card import card
 from lightning_peft.formats.folder import PROMPT, TUNER, Folder, Incoming, Outgoing, read_folder, write_folder
+from lightning_peft.formats.for_vllm import check_for_vllm
 from lightning_peft.formats.lowrank import read_lora, write_biases, write_lora
 from lightning_peft.formats.naming import (
     TASK_MODULES,
     base_tensors,
+    class_names,
     ends_anyhow,
     module_names,
     suffixes,
@@ -70,6 +72,9 @@ def export_peft(
     *,
     data: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    tokenizer: Any = None,
+    base_name: str | None = None,
+    reader: Literal["peft", "vllm"] = "peft",
 ) -> None:
     """Write the adapter as a folder for peft, with a model card: the same outputs there, and the same merged weights.
 
@@ -82,9 +87,14 @@ def export_peft(
         directory: folder, made if it does not exist.
         data: what it was trained on, for the card.
         metrics: results, for the card.
+        tokenizer: tokenizer or processor to write beside the adapter.
+        base_name: what to call the base, such as its id on the hub; by default where it was loaded from, which for a
+            local folder means something on this machine only.
+        reader: what shall read the folder. ``vllm`` reads folders of peft's, but not all of them.
 
     Raises:
-        PEFTError: peft cannot express the method, or an option of it; the message says what can be done instead.
+        PEFTError: peft (or vLLM) cannot express the method, or an option of it; the message says what can be done
+            instead.
 
     >>> import os, tempfile
     >>> from torch import nn
@@ -100,12 +110,15 @@ def export_peft(
     outgoing = _writer(method)(root, method, record.targets[0])
     patterns, kept = _saved(root, record, outgoing)
     tensors = outgoing.tensors | _base(base_tensors(root), kept, record, outgoing)
-    config = _common(root, record, outgoing) | outgoing.fields | {"modules_to_save": patterns or None}
+    named = base_name or record.base.source
+    config = _common(root, record, outgoing, named) | outgoing.fields | {"modules_to_save": patterns or None}
     if isinstance(config.get("target_modules"), list) and config["peft_type"] != "IA3":
         universe = [n for n in module_names(root) if not _inside(n, kept)]
         config["target_modules"] = target_patterns(config["target_modules"], universe)
-    folder = Path(directory).expanduser()
-    write_folder(folder, config, tensors, card(model, library="peft", data=data, metrics=metrics))
+    if reader == "vllm":
+        check_for_vllm(config, tensors)
+    text = card(model, library="peft", data=data, metrics=metrics, base_name=base_name, tokenizer=tokenizer is not None)
+    write_folder(Path(directory).expanduser(), config, tensors, text, class_names(root), tokenizer)
 
 
 def _single(methods: list[Method]) -> Method:
@@ -131,7 +144,7 @@ def _writer(method: Method) -> Callable[[nn.Module, Any, list[str]], Outgoing]:
     raise PEFTError(f"{type(method).__name__} cannot be exported to peft: {reason}")
 
 
-def _common(root: nn.Module, record: Injection, outgoing: Outgoing) -> dict[str, Any]:
+def _common(root: nn.Module, record: Injection, outgoing: Outgoing, base_name: str) -> dict[str, Any]:
     """Fields that every folder has. A task brings modules along that peft wants to find in the file."""
     task = task_of(root)
     config = getattr(root, "config", None)
@@ -143,7 +156,7 @@ def _common(root: nn.Module, record: Injection, outgoing: Outgoing) -> dict[str,
         auto = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
     return {
         "auto_mapping": auto,
-        "base_model_name_or_path": record.base.source or None,
+        "base_model_name_or_path": base_name or None,
         "inference_mode": True,
         "revision": None,
         "task_type": task,

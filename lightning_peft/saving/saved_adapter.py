@@ -16,6 +16,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.fields import settle
 from lightning_peft.files import read, split, write_adapter
 from lightning_peft.fingerprint import difference
+from lightning_peft.heads import label_names, listed_labels
 from lightning_peft.method import Method, registry
 from lightning_peft.model.adapters import Adapters, model_tensors
 from lightning_peft.saving.section import Fingerprint, SavedMethod, Section, some
@@ -241,14 +242,6 @@ def section_of(adapters: Adapters) -> Section:
     )
 
 
-def label_names(network: nn.Module) -> list[str] | None:
-    """Names of the classes in a transformers configuration, in order; None where they are only numbered."""
-    names = getattr(getattr(network, "config", None), "id2label", None)
-    if not isinstance(names, Mapping) or all(str(n).startswith("LABEL_") for n in names.values()):
-        return None
-    return [str(names[i]) for i in sorted(names)]
-
-
 # ---- single checks -------------------------------------------------------------------------------------------------
 def build_method(saved: SavedMethod, where: str) -> Method:
     """Build a method that a file describes; names resolve through the registry, nothing is imported.
@@ -275,6 +268,12 @@ def check_base(section: Section, adapters: Adapters, *, values: bool = True) -> 
 
     The values of weights that the file brings with it do not matter: the module had moved them.
     """
+    saved, named = section.labels, label_names(adapters.network)
+    if saved is not None and named is not None and len(saved) != len(named):  # the head has another shape
+        raise CheckpointError(
+            f"{section.where} has {listed_labels(saved)}, the model {listed_labels(named)}. Give the model the labels"
+            " of the file, or train anew."
+        )
     record = adapters.record
     brought = set(section.under("").keys)
     frozen = sorted(set(record.required_grad) - set(record.trained))

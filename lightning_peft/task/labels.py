@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.files import load_checkpoint, locate
+from lightning_peft.heads import listed_labels
 from lightning_peft.task.kinds import Task
 from lightning_peft.task.loading import label_names as names_in
 
@@ -22,8 +23,8 @@ def ask_data(data: Any, task: Task, names: list[str] | None) -> list[str] | None
         return names
     if names is not None and len(names) < len(known):
         raise ConfigError(
-            f"The model has {len(names)} labels, the data {len(known)}: {', '.join(map(str, known))}."
-            " Leave out num_labels and label_names to take those of the data."
+            f"The model has {listed_labels(names)}, the data {listed_labels(known)}. Give data with the labels of the"
+            " model, or train a new one with those of the data: without num_labels, label_names and a checkpoint."
         )
     return [str(n) for n in known] if names is None else names
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +17,7 @@ from lightning_peft.errors import ConfigError, PEFTError
 from lightning_peft.files import locate
 from lightning_peft.heads import NEW, head_names, new_modules
 from lightning_peft.requirements import require_package
-from lightning_peft.task.kinds import Task
+from lightning_peft.task.kinds import TASKS, Task
 
 _SEED = 0  # random models are the same in every process, so that an adapter finds the base it was trained beside
 
@@ -129,6 +132,10 @@ def _random(auto: Any, fields: Mapping[str, Any], task: Task, labels: Any, optio
     kind = fields.pop("model_type", None)
     if kind is None:
         raise ConfigError(f"model={fields!r} describes a configuration without model_type; add for example 'vit'.")
+    if kind not in transformers.CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), transformers.CONFIG_MAPPING, n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else " Give one that it has, such as bert or vit."
+        raise ConfigError(f"model_type={kind!r} is unknown to transformers {transformers.__version__}.{hint}")
     with quiet(local=True), explained(kind, options), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         config = transformers.AutoConfig.for_model(kind, **fields, **label_options(task, labels))
@@ -183,6 +190,21 @@ def _other_labels(
     return [f"The trained head of {source} stands for {theirs}; it is kept and now stands for {list(labels)}."]
 
 
+def _without_task(error: Exception) -> str:
+    """Of a model that a task does not go with: what it goes with. transformers lists all models that it does."""
+    import transformers
+
+    told = re.match(
+        r"Unrecognized configuration class <class '([\w.]+)'> for this kind of AutoModel: (\w+)", str(error)
+    )
+    if not told:
+        return ""
+    config, auto = told[1].rpartition(".")[2], told[2]
+    kind = getattr(transformers, config, None)
+    fitting = [name for name, task in TASKS.items() if kind in getattr(transformers, task.auto)._model_mapping]
+    return f"transformers has no {auto} for a {config}. Tasks for such a model: {', '.join(fitting)}."
+
+
 def _under(name: str, modules: set[str]) -> bool:
     return any(name.startswith(m + ".") for m in modules)
 
@@ -216,7 +238,9 @@ def explained(source: Any, options: Mapping[str, Any]) -> Iterator[None]:
         if not options.get("trust_remote_code"):  # what is meant when nobody speaks of it
             untold.append("trust_remote_code")
         given = ", ".join(f"{k}={v!r}" for k, v in options.items() if k not in untold)
-        reason = " ".join(str(error).split())[:300]
+        if refusal := _without_task(error):
+            raise ConfigError(f"model={source!r}: {refusal}") from error
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise ConfigError(
             f"model={source!r} cannot be loaded with {given}: {reason} Give a hub id (with network, or cached),"
             " a from_pretrained folder, or a .gguf file, and check model_kwargs."

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,34 +21,39 @@ class Speed:
 
     def restart(self) -> None:
         """Measure anew."""
-        self.tokens, self._since, self._waiting = 0, None, 0
+        self.tokens: Tensor | None = None
+        self._since: float | None = None
 
-    def see(self, batch: Any) -> None:
-        """Count a batch while it is still on the CPU, where that costs no wait for the device."""
-        self._waiting = tokens_in(batch)
+    def step(self, batch: Any) -> Tensor | None:
+        """Count the batch of a step that ends now.
 
-    def step(self) -> float | None:
-        """Tokens a second up to the end of this step; None where nothing can be said yet."""
-        now = time.perf_counter()
-        if self._since is None:
+        Returns:
+            Tokens a second, on the batch's device, because a number would wait for it; None where nothing can be said
+            yet, and where the batch is no text.
+        """
+        now, last = time.perf_counter(), self._since
+        if last is None:
             self._since = now
             return None
-        self.tokens += self._waiting
-        return self.tokens / (now - self._since) if self.tokens and now > self._since else None
+        tokens = tokens_in(batch)
+        if tokens is None or now <= last:
+            return None
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+        return self.tokens / (now - last)
 
 
-def tokens_in(batch: Any) -> int:
-    """Tokens of a batch of text without padding; 0 of anything else.
+def tokens_in(batch: Any) -> Tensor | None:
+    """Tokens of a batch of text without padding, on its device; None of anything else.
 
     >>> import torch
     >>> tokens_in({"input_ids": torch.ones(1, 4), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
-    3
+    tensor(3)
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        return 0
+        return None
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if isinstance(mask, Tensor):
-        return int(mask.sum())
+        return mask.sum()
     if isinstance(positions, Tensor):  # packed: padding stands at position 0, as the first token of each row does
-        return int((positions > 0).sum()) + int(((positions[:, :-1] == 0) & (positions[:, 1:] == 1)).sum())
-    return batch["input_ids"].numel()
+        return (positions > 0).sum() + ((positions[:, :-1] == 0) & (positions[:, 1:] == 1)).sum()
+    return torch.tensor(batch["input_ids"].numel())

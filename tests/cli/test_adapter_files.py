@@ -63,9 +63,9 @@ def call(*words) -> int:
 def test_export(source, run, tmp_path, capsys):
     folder, expected = run
     assert call("export", folder / source, tmp_path / "out") == 0
-    assert "peft.PeftModel.from_pretrained" in capsys.readouterr().out
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
-    model = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    printed = capsys.readouterr().out.split("Use it:  ")[1].splitlines()[0]
+    assert printed.startswith("peft.AutoPeftModelForSequenceClassification.from_pretrained(")
+    model = eval(printed, {"peft": peft}).eval()
     torch.testing.assert_close(logits(model, "bert"), expected, atol=1e-5, rtol=1e-5)
     text = (tmp_path / "out/README.md").read_text()
     assert ("train_loss_epoch" in text) == (source == "best.ckpt")

