@@ -54,10 +54,10 @@ def suggest_lr(model: nn.Module, method: Method | Sequence[Method], steps: float
       arXiv:2602.04998. The number of rows in a batch has no factor of its own: at a fixed number of rows seen, a
       larger batch means fewer steps.
 
-    Measured (``tests/benchmarks/rates.py``, one seed) in runs of 60 steps on MiniLM, width 384, for LoRA, full
-    fine-tuning, Pfeiffer, prefixes, IA3 and prompts; the power of the width for full fine-tuning also on a ViT of
-    width 64. Everything else stands on the sources that each method names. Not tried: longer runs but for published
-    rates, decoders, other batch sizes, and networks with random weights, which want more.
+    Measured (``tests/benchmarks/rates.py``, one seed, 60 steps): on MiniLM, width 384, the best rates of LoRA, full
+    fine-tuning and Pfeiffer lie within a fifth of it; prefixes want more, and for IA3 and prompts only this rate was
+    run. The power of the width for full fine-tuning was also tried on a ViT of width 64. Everything else stands on the
+    sources that each method names. Not tried: longer runs, decoders, other batch sizes.
 
     Args:
         model: the network, or the module that holds it; with or without the method in it.
