@@ -2,7 +2,7 @@
 
     python -m venv ecosystem && . ecosystem/bin/activate
     pip install -c .ci/constraints.txt -e . timm torch_geometric open_clip_torch x-transformers
-    pip install -c .ci/constraints.txt monai speechbrain scvi-tools
+    pip install -c .ci/constraints.txt monai speechbrain scvi-tools transformers
     python -m tests.ecosystem [part of a name …]
 
 For every network of `models` LoRA, DoRA and IA3 are put on everything that holds a weight and matters to the output,
