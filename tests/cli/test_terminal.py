@@ -14,6 +14,7 @@ from lightning_peft.cli import main
 from lightning_peft.cli.bar import Bar
 from lightning_peft.cli.screen import row
 from lightning_peft.cli.terminal import say_error
+from lightning_peft.method import registry
 from tests.models import Plain, plain_loader, trainer
 
 
@@ -77,7 +78,9 @@ def test_help_for_a_part_fits_a_screen(part, words, monkeypatch, capsys):
     assert main(["fit", f"--{part}.help"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in words)
-    assert len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 80
+    # other tests define methods of their own, which are listed as well
+    strangers = [kind for kind in registry().values() if not kind.__module__.startswith("lightning_peft.")]
+    assert len(out.splitlines()) <= 24 + len(strangers) and max(map(len, out.splitlines())) <= 80
 
 
 def test_commands_can_be_copied_from_a_folder_with_a_space(tmp_path, monkeypatch, capsys):
