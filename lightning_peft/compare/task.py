@@ -137,7 +137,7 @@ class ComparedTask:
         self.metric_names = ["loss", *(name.removeprefix("val_") for name in module.metrics["val_"])]
         drawn = {id(p) for name in new for p in module.model.get_submodule(name).parameters()}
         found = fingerprint(module.model, drawn)
-        return found["structure"] + found["values"]
+        return found.structure + found.values
 
     def _bare(self, config: Any, seed: int, base: nn.Module | None = None) -> Any:
         L.seed_everything(seed, verbose=False)
