@@ -91,7 +91,7 @@ def gives(name: str, network: nn.Module, moment: str) -> None:
     """The network gives what it gave in version 0.1.0 at that moment: ``base``, ``half`` or ``end``."""
     expected = load_file(FOLDER / name / "outputs.safetensors")[moment]
     # in eval mode bitsandbytes rounds scales to bfloat16 on some processors
-    tolerance = 2e-2 if name == "qlora" else 1e-5
+    tolerance = 3e-2 if name == "qlora" else 1e-5
     torch.testing.assert_close(CASES[name].outputs(network), expected, atol=tolerance, rtol=1e-5)
 
 

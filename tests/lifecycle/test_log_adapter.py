@@ -55,9 +55,9 @@ def test_folder_with_card(tmp_path):
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
     fitted = trainer(tmp_path, PEFT(LoRA(r=2)), best, max_epochs=2)
     fitted.fit(module, loader("bert"), loader("bert"))
-    state, info, monitored = best_adapter(fitted, module)
+    saved, monitored = best_adapter(fitted, module)
     assert monitored
-    write_folder(tmp_path / "adapter", fitted, module, state, info)
+    write_folder(tmp_path / "adapter", fitted, module, saved)
     model, again = bert(), bert()
     load_adapter(model, tmp_path / "adapter")
     load_adapter(again, best.best_model_path)
