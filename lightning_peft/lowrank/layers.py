@@ -60,13 +60,13 @@ class LowRankLinear(LowRankLayer):
         """The input, (…, in), under the name that the base gives it -> (…, out)."""
         state = self._adapter
         input = args[0] if args else next(iter(kwargs.values()))
+        if state.windows and is_given_weights(self):
+            return self._own_forward(*args, **kwargs)
         if state.fast and not torch.compiler.is_compiling():
             is_small = input.numel() <= fast.SMALL
             output = fast.small_output(self, input) if is_small else fast.fast_output(self, input)
             if output is not None:
                 return output
-        if state.windows and is_given_weights(self):
-            return self._own_forward(*args, **kwargs)
         output = self._base_forward(*args, **kwargs)
         return self.delta(input, output, self) if state.active else output
 
