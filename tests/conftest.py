@@ -27,6 +27,8 @@ def _own_port(monkeypatch):
     # itself for one of them, and wait for the others for ever.
     for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
