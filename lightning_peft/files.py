@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.folders import is_folder, read_folder
 from lightning_peft.format1 import upgraded
 from lightning_peft.header import completed, shortened
-from lightning_peft.objects import load_plain
+from lightning_peft.objects import check_pickle, check_zip, load_plain
 from lightning_peft.paths import ADAPTER as ADAPTER
 from lightning_peft.paths import SECTION as SECTION
 from lightning_peft.paths import held, missing
@@ -152,9 +151,9 @@ def _load_torch(held_file: Path, path: Path, map_location: Any = "cpu", mmap: bo
     try:
         zipped = _is_zip(held_file)
         if zipped:
-            _check_zip(held_file)
+            check_zip(held_file)
         elif _is_torch(held_file, path.suffix):
-            _check_pickle(held_file.read_bytes())
+            check_pickle(held_file.read_bytes())
         else:
             raise pickle.UnpicklingError("it starts like neither a zip archive nor a pickle")
         content = load_plain(held_file, map_location, mmap=mmap and zipped)
@@ -162,30 +161,6 @@ def _load_torch(held_file: Path, path: Path, map_location: Any = "cpu", mmap: bo
         return content
     except Exception as error:  # torch raises many kinds for a broken archive; all mean the same to the user
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_why(error)}") from None
-
-
-def _check_zip(path: Path) -> None:
-    """Check the sums in the archive, which torch writes and does not look at; and that nothing in it is packed."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        names = [e.filename for e in entries]
-        if len(set(names)) < len(names):
-            raise zipfile.BadZipFile("a record stands twice in it")
-        packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
-        if packed or sum(e.file_size for e in entries) > path.stat().st_size:
-            raise zipfile.BadZipFile("its records declare more bytes than it has")
-        bad = archive.testzip() if torch.serialization.get_crc32_options() else None
-        if bad is not None:
-            raise zipfile.BadZipFile(f"the checksum of its record {bad!r} is wrong")
-        for entry in entries:
-            if entry.filename.endswith(".pkl"):
-                _check_pickle(archive.read(entry))
-
-
-def _check_pickle(data: bytes) -> None:
-    """Of what torch lets a pickle build, a bytearray alone takes memory by a number; tensors have their bytes here."""
-    if re.search(rb"c(builtins|__builtin__)\nbytearray\n", data):
-        raise pickle.UnpicklingError("GLOBAL builtins.bytearray")
 
 
 def split(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import CheckpointError
-from lightning_peft.objects import load_plain
+from lightning_peft.objects import check_zip, load_plain
 from lightning_peft.untrusted import settle_parameters
 
 INDEX, REST = ".metadata", "meta.pt"
@@ -59,6 +59,7 @@ def read_index(path: Path) -> Any:
 def read_rest(path: Path) -> dict[str, Any]:
     """Everything in a folder's checkpoint but weights and optimizer states."""
     try:
+        check_zip(path / REST)
         content = load_plain(path / REST)
         settle_parameters(content)
         return content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import sys
 import zipfile
 from collections import Counter, OrderedDict
@@ -179,6 +180,30 @@ class _Structure(pickle.Pickler):
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
+def check_zip(path: Path) -> None:
+    """Check the sums in the archive, which torch writes and does not look at; and that nothing in it is packed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        names = [e.filename for e in entries]
+        if len(set(names)) < len(names):
+            raise zipfile.BadZipFile("a record stands twice in it")
+        packed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+        if packed or sum(e.file_size for e in entries) > path.stat().st_size:
+            raise zipfile.BadZipFile("its records declare more bytes than it has")
+        bad = archive.testzip() if torch.serialization.get_crc32_options() else None
+        if bad is not None:
+            raise zipfile.BadZipFile(f"the checksum of its record {bad!r} is wrong")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                check_pickle(archive.read(entry))
+
+
+def check_pickle(data: bytes) -> None:
+    """Refuse `bytearray(n)`, the only object that torch builds from a number in the file: it could take all memory."""
+    if re.search(rb"c(builtins|__builtin__)\nbytearray\n", data):
+        raise pickle.UnpicklingError("GLOBAL builtins.bytearray")
+
+
 def _read(path: Path, map_location: Any) -> Any:
     """A file with `NotBuilt` for each object."""
     with zipfile.ZipFile(path) as archive:

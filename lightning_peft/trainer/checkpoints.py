@@ -74,7 +74,7 @@ def _name_in(tensors: Mapping[str, torch.Tensor], key: str) -> str | None:
     return None
 
 
-def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | None) -> None:
+def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | None, *, first_time: bool) -> None:
     """Leave what is frozen, and hyper-parameters that are objects, out of a checkpoint and put the description in."""
     adapters = Adapters.of(module)
     # inside `disabled` the module holds the base's own head, biases and statistics in place of the trained ones
@@ -92,7 +92,7 @@ def describe(module: L.LightningModule, checkpoint: dict[str, Any], save: str | 
     if "optimizer_states" in checkpoint:
         checkpoint["optimizer_states"] = states_for_file(module.trainer, module, checkpoint["optimizer_states"])
         info["resume"] = _resume(module)
-    objects = leave_out_arguments(module, checkpoint)
+    objects = leave_out_arguments(module, checkpoint, first_time=first_time)
     if objects:
         info["left_out"] = objects
     checkpoint[SECTION] = _with_names_of_pruned(info, checkpoint.get("state_dict") or {})

@@ -19,17 +19,18 @@ from lightning_peft.untrusted import PARAMETERS, short
 if TYPE_CHECKING:
     import lightning.pytorch as L
 
-_TOLD_ARGUMENTS = "_peft_told_arguments"
-_TOLD_OBJECTS = "_peft_told_objects"
 #: parts of a checkpoint without which Lightning cannot go on exactly where it stopped
 _STATES = ("optimizer_states", "lr_schedulers", "loops", "callbacks")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
-def leave_out_arguments(module: L.LightningModule, checkpoint: dict[str, Any]) -> dict[str, dict[str, str]]:
+def leave_out_arguments(
+    module: L.LightningModule, checkpoint: dict[str, Any], *, first_time: bool
+) -> dict[str, dict[str, str]]:
     """Take objects out of the hyper-parameters: a network among them is the whole base once more.
 
-    Under full fine-tuning they stay, as in Lightning's own files, but for those that cannot be pickled.
+    Under full fine-tuning they stay, as in Lightning's own files, but for those that cannot be pickled. The first time
+    it is said.
 
     Returns:
         The classes of those left out, by their names, for each kind of hyper-parameters.
@@ -49,7 +50,7 @@ def leave_out_arguments(module: L.LightningModule, checkpoint: dict[str, Any]) -
             lost[key] = objects
             checkpoint[key] = {name: value for name, value in stored.items() if str(name) not in objects}
     names = [name for objects in lost.values() for name in objects]
-    if names and _first_time(module, _TOLD_ARGUMENTS):
+    if names and first_time:
         kind = type(module).__name__
         rank_zero_warn(
             f"The hyper-parameters {', '.join(names)} are objects and are left out of the checkpoints: otherwise these"
@@ -60,10 +61,8 @@ def leave_out_arguments(module: L.LightningModule, checkpoint: dict[str, Any]) -
     return lost
 
 
-def say_what_is_written(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Warn, once, of objects in a checkpoint that is complete: the module's own hook has been called."""
-    if not _first_time(module, _TOLD_OBJECTS):
-        return
+def say_what_is_written(checkpoint: Mapping[str, Any]) -> None:
+    """Warn of objects in a checkpoint that is complete: the module's own hook has been called."""
     found = objects_in(checkpoint)
     if found:
         rank_zero_warn(
@@ -71,12 +70,6 @@ def say_what_is_written(module: L.LightningModule, checkpoint: Mapping[str, Any]
             " is read all the same, and none of them is built. A later process that needs them resumes with"
             " trainer.fit(…, weights_only=False)."
         )
-
-
-def _first_time(module: L.LightningModule, flag: str) -> bool:
-    told = flag in module.__dict__
-    module.__dict__[flag] = True
-    return not told
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class Session:
         self.module = module
         #: what checkpoints hold, "trainable" or "full"; None before adapters are there
         self.save: str | None = None
+        self._has_saved = False  # what is said of the files is said of the first one
         self._handles: list[Any] = []
         self._own_hooks: dict[str, Any] = {}  # what the user has set on the instance and ours stand in front of
         # of the Trainer's strategy, and not copied with the module
@@ -153,9 +154,11 @@ class Session:
 
     def _on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if Adapters.find(self.module) is not None:
-            describe(self.module, checkpoint, self.save)
+            describe(self.module, checkpoint, self.save, first_time=not self._has_saved)
         self._own("on_save_checkpoint")(checkpoint)
-        say_what_is_written(self.module, checkpoint)
+        if not self._has_saved:
+            say_what_is_written(checkpoint)
+        self._has_saved = True
 
     def _on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = self._own("on_load_checkpoint")
