@@ -21,6 +21,7 @@ def leading_shape(x: Tensor, r: int) -> tuple[int, ...]:
     for itself, is small beside the gradient of the output.
     """
     rows = x.numel() // x.shape[-1]
+    # products of many short batches are slower in bfloat16 and on a GPU
     if x.dtype is torch.bfloat16 or not x.is_cpu:
         return (rows,)
     least = max(4 * r, 32)
@@ -34,13 +35,17 @@ def leading_shape(x: Tensor, r: int) -> tuple[int, ...]:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a·b``, for each batch if there are batches. `torch.matmul` would be several calls into torch."""
-    return torch.mm(a, b) if a.ndim == 2 else torch.bmm(a, b)
+    if a.ndim == 2:
+        return torch.mm(a, b)
+    return torch.bmm(a, b)
 
 
 def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``scaling·a·b`` in one call: with ``beta=0`` torch ignores the tensor it would add to."""
-    add_and_multiply = torch.addmm if a.ndim == 2 else torch.baddbmm
-    return add_and_multiply(_ignored(a.dtype, a.device), a, b, beta=0, alpha=scaling)
+    ignored = _ignored(a.dtype, a.device)
+    if a.ndim == 2:
+        return torch.addmm(ignored, a, b, beta=0, alpha=scaling)
+    return torch.baddbmm(ignored, a, b, beta=0, alpha=scaling)
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -52,18 +57,23 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def _ignored(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number in the place of a tensor that is multiplied by 0."""
     with torch.inference_mode(False):  # it may be made in inference and used again in training
         return torch.zeros((), dtype=dtype, device=device)
 
 
 def with_leading_shape(x: Tensor, leading_shape: tuple[int, ...]) -> Tensor:
     """(…, n) -> (batch, length, n) or (rows, n)."""
-    return x if x.shape[:-1] == leading_shape else x.reshape(*leading_shape, x.shape[-1])
+    if x.shape[:-1] == leading_shape:
+        return x
+    return x.reshape(*leading_shape, x.shape[-1])
 
 
 def for_each_batch(matrix: Tensor, like: Tensor) -> Tensor:
     """The matrix once for each batch of another tensor, without a copy."""
-    return matrix if like.ndim == 2 else matrix.expand(len(like), -1, -1)
+    if like.ndim == 2:
+        return matrix
+    return matrix.expand(len(like), -1, -1)
 
 
 def transposed(B: Tensor, like: Tensor) -> Tensor:
@@ -76,4 +86,7 @@ def transposed(B: Tensor, like: Tensor) -> Tensor:
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)  # `to` is a call into torch even for nothing
+    """The tensor in another dtype. `Tensor.to` is a call into torch even where there is nothing to do."""
+    if tensor.dtype is dtype:
+        return tensor
+    return tensor.to(dtype)
