@@ -6,11 +6,14 @@ import dataclasses
 import hashlib
 from collections.abc import Collection
 
+import numpy
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.samples import evenly_spread, is_readable
 from lightning_peft.saving.section import Fingerprint
 
+#: values of each parameter in a sketch
 SAMPLES = 4
 _TOLERANCE = 0.02  # float32 against float16 or bfloat16 differs by less, another base by more
 
@@ -88,35 +91,32 @@ def logical_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(state.shape) if state is not None and hasattr(state, "shape") else parameter.shape
 
 
-def _readable(parameter: Tensor) -> bool:
-    plain = type(parameter) in (Tensor, nn.Parameter)
-    return plain and parameter.is_floating_point() and not parameter.is_meta and parameter.numel() > 0
-
-
 def _sketch(parameters: list[Tensor]) -> str:
+    """Four values of each parameter as bfloat16, in hex; ``ffff``, which is NaN, for each that cannot be read."""
     if not parameters:
         return ""
-    missing = torch.full((SAMPLES,), float("nan"))
-    rows = [_sample(p) if _readable(p) else missing for p in parameters]
-    devices = {r.device for r in rows} - {torch.device("cpu")}
-    for device in devices:  # one transfer a device instead of one a tensor
-        here = [i for i, r in enumerate(rows) if r.device == device]
-        for i, row in zip(here, torch.stack([rows[i] for i in here]).cpu(), strict=True):
-            rows[i] = row
+    rows = [_sample(parameter) for parameter in parameters]
+    # one transfer for each device instead of one for each tensor
+    for device in {row.device for row in rows} - {torch.device("cpu")}:
+        there = [number for number, row in enumerate(rows) if row.device == device]
+        on_cpu = torch.stack([rows[number] for number in there]).cpu()
+        for number, row in zip(there, on_cpu, strict=True):
+            rows[number] = row
     bits = torch.stack(rows).to(torch.bfloat16)
-    bits = torch.where(bits.isnan(), torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16), bits)
+    nan = torch.tensor(-1, dtype=torch.int16).view(torch.bfloat16)
+    bits = torch.where(bits.isnan(), nan, bits)
     return bits.view(torch.int16).numpy().astype(">i2").tobytes().hex()
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    with torch.no_grad():
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        picked = flat[step // 2 :: step][:SAMPLES].float()
-    return torch.nn.functional.pad(picked, (0, SAMPLES - picked.numel()))
+    """A few values in float32; zeros fill the row of a smaller parameter, NaN that of one that cannot be read."""
+    if not is_readable(parameter):
+        return torch.full((SAMPLES,), float("nan"))
+    values = evenly_spread(parameter, SAMPLES).float()
+    return torch.nn.functional.pad(values, (0, SAMPLES - values.numel()))
 
 
 def _values(sketch: str) -> Tensor:
-    numbers = [int(sketch[i : i + 4], 16) for i in range(0, len(sketch), 4)]
-    signed = [n - 65536 if n > 32767 else n for n in numbers]
-    return torch.tensor(signed, dtype=torch.int16).view(torch.bfloat16).float()
+    """The numbers of a sketch."""
+    numbers = numpy.frombuffer(bytes.fromhex(sketch), dtype=">i2").astype("int16")
+    return torch.from_numpy(numbers).view(torch.bfloat16).float()

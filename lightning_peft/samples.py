@@ -38,7 +38,7 @@ class Samples:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.ignore_rounding = False
-        self._values = _sampled({name: weight for name, weight in weights.items() if _is_readable(weight)})
+        self._values = _sampled({name: weight for name, weight in weights.items() if is_readable(weight)})
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -52,7 +52,7 @@ class Samples:
 
         A weight that cannot be read (a part of it is in another process, or it has no values) counts as unmoved.
         """
-        known = {name: weights[name] for name in self._values if name in weights and _is_readable(weights[name])}
+        known = {name: weights[name] for name in self._values if name in weights and is_readable(weights[name])}
         equal = _are_close if self.ignore_rounding else _are_equal
         return [name for name, now in _sampled(known).items() if not equal(self._values[name], now)]
 
@@ -64,20 +64,21 @@ def _sampled(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups.setdefault((weight.device, weight.dtype), []).append(name)
     found: dict[str, Tensor] = {}
     for names in groups.values():
-        picked = [_picked(weights[name]) for name in names]
+        picked = [evenly_spread(weights[name], COUNT) for name in names]
         together = torch.cat(picked).cpu()
         for name, values in zip(names, together.split([len(p) for p in picked]), strict=True):
             found[name] = values.clone()
     return {name: found[name] for name in weights}
 
 
-def _picked(weight: Tensor) -> Tensor:
+def evenly_spread(weight: Tensor, count: int) -> Tensor:
+    """So many values of a weight, spread evenly over it; all of a smaller one."""
     flat = weight.detach().reshape(-1)
-    step = max(1, flat.numel() // COUNT)
-    return flat[step // 2 :: step][:COUNT]
+    step = max(1, flat.numel() // count)
+    return flat[step // 2 :: step][:count]
 
 
-def _is_readable(weight: Tensor) -> bool:
+def is_readable(weight: Tensor) -> bool:
     """Whether this is a plain tensor with numbers in it: not split over processes, packed into few bits, or empty."""
     plain = type(weight) in (Tensor, nn.Parameter)
     return plain and weight.is_floating_point() and not weight.is_meta and weight.numel() > 0
