@@ -240,20 +240,12 @@ class PEFT(Callback):
     # after the module's own hooks, in which it may have loaded its base
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _check_base
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _check_adapters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The adapters must still be there, and the trained ones."""
         check_present(pl_module)
         check_trained(trainer, self._fresh and self.init_from is None)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there, and the trained ones."""
-        check_present(pl_module)
-        check_trained(trainer, self._fresh and self.init_from is None)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The adapters must still be there, and the trained ones."""
-        check_present(pl_module)
-        check_trained(trainer, self._fresh and self.init_from is None)
+    on_validation_start = on_test_start = on_predict_start = _check_adapters
 
     def _check_order(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Callbacks that deep-copy the module in their setup must come after the injection."""
