@@ -35,8 +35,8 @@ def train_mode(network: nn.Module, base: Literal["train", "eval"]) -> str:
     adapters = Adapters.find(network)
     saved_modules = adapters.record.modules_to_save if adapters is not None else []
     for name, module in network.named_modules():
-        saved = any(name == saved or name.startswith(f"{saved}.") for saved in saved_modules)
-        if saved or isinstance(module, Delta):
+        is_saved = any(name == module_name or name.startswith(f"{module_name}.") for module_name in saved_modules)
+        if is_saved or isinstance(module, Delta):
             module.train()
     return f"Base in eval mode: {count} of the model off, except in what trains."
 
