@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -71,36 +71,63 @@ def _once(outcome: Outcome) -> list[str]:
     return list(dict.fromkeys(note for run in outcome.tested for note in run.get("notes", [])))
 
 
-def _cells(row: Mapping[str, Any], wide: bool) -> list[str]:
-    cells = [row["method"]]
-    cells += [short_rate(row["lr"]) if row["lr"] else "–"] if wide else []
-    cells += [_number(row["val_mean"], ".3f")] if wide else []
-    spread = f" ± {row['std']:.3f}" if row["std"] is not None else ""
-    nothing = "failed" if row["error"] else "unfinished"
-    cells += [f"{row['mean']:.3f}{spread}" if row["mean"] is not None else nothing]
-    cells += [f"{row['trainable']:,}" if wide and row["trainable"] is not None else _count(row["trainable"])]
-    cells += [_number(row["percent"], ".2f"), _megabytes(row["file_bytes"]), _number(row["step_ratio"], ".2f")]
-    cells += [_megabytes(row["peak_bytes"]), _megabytes(row["kept_bytes"])]
-    return [*cells, _number(row["seconds"], ".0f")] if wide else cells
+class _Column(NamedTuple):
+    """A column of the table: its head, and the text in it for a row."""
+
+    head: str
+    text: Callable[[Mapping[str, Any]], str]
 
 
-def _heads(metric: str, wide: bool) -> list[str]:
-    lead = ["method", "lr", f"val {metric}"] if wide else ["method"]
-    middle = ["trained", "%", "file MB", "step", "peak MB", "kept MB"]
-    return [*lead, f"test {metric}" if wide else metric, *middle, *(["run s"] if wide else [])]
+def _columns(metric: str, wide: bool) -> list[_Column]:
+    """The columns for people; a wide table has more of them."""
+    columns = [_Column("method", lambda row: row["method"])]
+    if wide:
+        columns.append(_Column("lr", _rate))
+        columns.append(_Column(f"val {metric}", lambda row: _number(row["val_mean"], ".3f")))
+        columns.append(_Column(f"test {metric}", _result))
+        columns.append(_Column("trained", lambda row: _number(row["trainable"], ",")))
+    else:
+        columns.append(_Column(metric, _result))
+        columns.append(_Column("trained", lambda row: _count(row["trainable"])))
+    columns.append(_Column("%", lambda row: _number(row["percent"], ".2f")))
+    columns.append(_Column("file MB", lambda row: _megabytes(row["file_bytes"])))
+    columns.append(_Column("step", lambda row: _number(row["step_ratio"], ".2f")))
+    columns.append(_Column("peak MB", lambda row: _megabytes(row["peak_bytes"])))
+    columns.append(_Column("kept MB", lambda row: _megabytes(row["kept_bytes"])))
+    if wide:
+        columns.append(_Column("run s", lambda row: _number(row["seconds"], ".0f")))
+    return columns
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    if not row["lr"]:
+        return "–"
+    return short_rate(row["lr"])
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    """The metric on the test data, with its spread over the seeds."""
+    if row["mean"] is None:
+        return "failed" if row["error"] else "unfinished"
+    if row["std"] is None:
+        return f"{row['mean']:.3f}"
+    return f"{row['mean']:.3f} ± {row['std']:.3f}"
 
 
 def show(console: Console, made: Sequence[Mapping[str, Any]], said: Sequence[str], metric: str) -> None:
     """Print the table, with fewer columns where the terminal is narrow."""
     wide = console.width >= 110
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if wide else 0), pad_edge=False)
-    for i, head in enumerate(_heads(metric, wide)):
-        narrow = head if wide else head.replace(" ", "\n")
-        table.add_column(narrow, justify="left" if i == 0 else "right", no_wrap=True, vertical="bottom")
+    columns = _columns(metric, wide)
+    for column in columns:
+        head = column.head if wide else column.head.replace(" ", "\n")
+        side = "left" if column.head == "method" else "right"
+        table.add_column(head, justify=side, no_wrap=True, vertical="bottom")
     if not wide:
         table.padding = (0, 1, 0, 0)
     for row in made:
-        table.add_row(*_cells(row, wide), style="red" if row["mean"] is None else None)
+        cells = [column.text(row) for column in columns]
+        table.add_row(*cells, style="red" if row["mean"] is None else None)
     console.print(table)
     for note in said:
         console.print(note, markup=False, highlight=False, style="dim")
@@ -119,12 +146,17 @@ def write_markdown(
     path: Path, made: Sequence[Mapping[str, Any]], said: Sequence[str], metric: str, pictures: Sequence[str]
 ) -> None:
     """The table, the notes and the pictures."""
-    heads = _heads(metric, wide=True)
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    lines += ["| " + " | ".join(_cells(row, wide=True)) + " |" for row in made]
+    columns = _columns(metric, wide=True)
+    lines = [_line(column.head for column in columns), "|---|" + "---:|" * (len(columns) - 1)]
+    for row in made:
+        lines.append(_line(column.text(row) for column in columns))
     lines += [f"\n{note}" for note in said]
     lines += [f"\n![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures]
     _write(path, "\n".join(lines) + "\n")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _write(path: Path, text: str) -> None:
